@@ -1,0 +1,307 @@
+"""The record: what one photograph carries from its source through shards and loader to its prediction.
+
+`shards/` writes records, `xcon.shardset` reads them, and this module is all the two share: the fields and
+their units, the members of a tar, the columns of an index, the card of a shard set, the file writes that
+leave either the whole file or none.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import string
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+SPLITS = ("train", "val", "test")
+CARD_NAME = "dataset.json"
+FORMAT = "xcon-shards/1"
+
+# The paper's sentence, section 3.1, "Text Embedding". Fields: those of `ClassInfo.caption_fields`.
+PAPER_CAPTION = "This is a photograph of a bird called {name}"
+
+# One row of an index: where the photograph lies in its tar, and all of the record that training needs.
+# `lon`, `lat` are degrees, `date` the fraction of the year; NaN where unknown.
+INDEX_COLUMNS = {
+    "image_id": "string",
+    "offset": "int64",
+    "size": "int64",
+    "class_id": "int32",
+    "lon": "float64",
+    "lat": "float64",
+    "date": "float64",
+    "caption": "string",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One photograph and what is known of it.
+
+    Attributes:
+        image_id: the key of its members in the tar; no dot, no slash, at most 128 characters.
+        class_id: 0 .. C-1, the position of `raw_class_id` among the sorted raw ids.
+        raw_class_id: the class id of the source, as it stands there.
+        class_name: the name of the source, its spelling kept.
+        lon: degrees east, WGS-84, in [-180, 180], or None.
+        lat: degrees north, WGS-84, in [-90, 90], or None.
+        date: an ISO date (`2026-07-01`), a fraction of the year in [0, 1], or None.
+        split: one of `SPLITS`.
+        extra: what else the source knows (`user_id`, `bbox`, `width`, `height`), saved beside the rest.
+
+    Raises:
+        ValueError: a value is out of its range; the message names the record.
+    """
+
+    image_id: str
+    class_id: int
+    raw_class_id: int | str
+    class_name: str
+    lon: float | None
+    lat: float | None
+    date: str | float | None
+    split: str
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            check_image_id(self.image_id)
+            check_place(lon=self.lon, lat=self.lat)
+            year_fraction(self.date)
+            if self.split not in SPLITS:
+                raise ValueError(f"split is {self.split!r}, one of {', '.join(SPLITS)} is needed")
+        except ValueError as error:
+            raise ValueError(f"record {self.image_id}: {error}") from None
+
+    def to_json(self) -> bytes:
+        """The `json` member of the tar: strict JSON, unknown values null."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        return json.dumps({**fields, **self.extra}, ensure_ascii=False, allow_nan=False).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Record":
+        """Reads a `json` member.
+
+        Raises:
+            ValueError: not JSON, a field is missing, or a value is out of its range.
+        """
+        try:
+            values = json.loads(data)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON ({error})") from None
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "extra"]
+        if missing := [n for n in names if n not in values]:
+            raise ValueError(f"fields missing: {', '.join(missing)}")
+        return cls(**{n: values.pop(n) for n in names}, extra=values)
+
+
+def check_image_id(image_id: str) -> None:
+    """Raises ValueError where WebDataset would split, cut or misread the key."""
+    if not image_id or len(image_id) > 128 or set(image_id) & set("./\\ ") or not image_id.isprintable():
+        raise ValueError("an image id has 1 to 128 characters, none of them a dot, slash or space")
+
+
+def check_place(*, lon: float | None, lat: float | None) -> None:
+    """Raises ValueError unless both are None, or both are degrees within range."""
+    if (lon is None) != (lat is None):
+        raise ValueError(f"lon is {lon}, lat is {lat}: both or neither")
+    if lon is None or lat is None:
+        return
+    if not -90 <= lat <= 90:
+        swapped = ": are lon and lat exchanged?" if -180 <= lat <= 180 and -90 <= lon <= 90 else ""
+        raise ValueError(f"lat {lat} is outside [-90, 90] degrees{swapped}")
+    if not -180 <= lon <= 180:
+        raise ValueError(f"lon {lon} is outside [-180, 180] degrees")
+
+
+def year_fraction(date: str | float | None) -> float:
+    """The day as a fraction of its year: 0.0 on 1 January, 1.0 on 31 December; NaN for None.
+
+    (day_of_year - 1) / (days_in_year - 1), the convention of the NABirds location file.
+
+    Raises:
+        ValueError: neither an ISO date nor a number in [0, 1].
+    """
+    if date is None:
+        return math.nan
+    if isinstance(date, str):
+        try:
+            day = datetime.datetime.fromisoformat(date).date()
+        except ValueError:
+            raise ValueError(f"date {date!r} is no ISO date such as 2026-07-01") from None
+        first, last = day.replace(month=1, day=1), day.replace(month=12, day=31)
+        return (day - first).days / (last - first).days
+    if not 0 <= date <= 1:
+        raise ValueError(f"date {date} is no fraction of the year in [0, 1]")
+    return float(date)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassInfo:
+    """One class of a shard set.
+
+    Attributes:
+        class_id: 0 .. C-1.
+        raw_class_id: the id of the source; classes are sorted by it.
+        name: the name of the source, its spelling kept.
+        scientific_name: or None where unknown.
+        hierarchy: names from the top group down to the parent of this class, without the root.
+        counts: split -> number of records.
+    """
+
+    class_id: int
+    raw_class_id: int | str
+    name: str
+    scientific_name: str | None
+    hierarchy: tuple[str, ...]
+    counts: Mapping[str, int]
+
+    @property
+    def caption_fields(self) -> dict[str, str]:
+        """What a caption template may name; `family` is the top group of the hierarchy."""
+        known = {
+            "name": " ".join(self.name.split()),
+            "scientific_name": self.scientific_name,
+            "family": self.hierarchy[0] if self.hierarchy else None,
+        }
+        return {field: value for field, value in known.items() if value}
+
+
+def caption(template: str, info: ClassInfo) -> str:
+    """The pseudo-caption of a class (paper, section 3.1).
+
+    Raises:
+        ValueError: the template names a field that the class has not, or none at all.
+    """
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"caption template {template!r}: {error}") from None
+    if not fields:
+        raise ValueError(f"caption template {template!r} names no field: every class would be called alike")
+    if missing := [f for f in fields if f not in info.caption_fields]:
+        have = ", ".join(info.caption_fields)
+        raise ValueError(
+            f"caption template {template!r}: class {info.name!r} has no {missing[0]!r}, only {have}"
+        )
+    return template.format(**info.caption_fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One tar of a split, and the hash of its bytes."""
+
+    file: str
+    samples: int
+    size: int
+    sha256: str
+
+    @property
+    def index_file(self) -> str:
+        """The index beside the tar."""
+        return index_name(self.file)
+
+
+def index_name(tar_name: str) -> str:
+    """`train-000000.tar` -> `train-000000.index.parquet`."""
+    return tar_name.removesuffix(".tar") + ".index.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The card of a shard set, `dataset.json`: no card, no shard set.
+
+    Attributes:
+        classes: in order of `class_id`.
+        splits: split -> its shards, in order.
+        made_by: how the set was made (source, settings, versions), for people.
+    """
+
+    classes: tuple[ClassInfo, ...]
+    splits: Mapping[str, tuple[Shard, ...]]
+    made_by: Mapping[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """One hash for the whole set: over the classes and the hashes of all shards."""
+        digest = hashlib.sha256(json.dumps([dataclasses.asdict(c) for c in self.classes]).encode())
+        for split in sorted(self.splits):
+            digest.update("".join([split, *(shard.sha256 for shard in self.splits[split])]).encode())
+        return digest.hexdigest()
+
+    def samples(self, split: str) -> int:
+        """Records in a split."""
+        return sum(shard.samples for shard in self.splits[split])
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Writes `dataset.json`, whole or not at all: the last step of a build."""
+        with atomic_write(folder / CARD_NAME) as file:
+            file.write(self.to_json().encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Card":
+        """Reads the card of a shard set.
+
+        Raises:
+            FileNotFoundError: no such folder, or no card in it.
+            ValueError: the card is of another format, or damaged.
+        """
+        path = folder / CARD_NAME
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; xcon-shards build makes a shard set")
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: no {CARD_NAME} here, so no whole shard set: build it again")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("format") != FORMAT:
+                raise ValueError(f"format is not {FORMAT}")
+            return cls(
+                classes=tuple(_class_info(c) for c in values["classes"]),
+                splits={name: tuple(Shard(**s) for s in shards) for name, shards in values["splits"].items()},
+                made_by=values["made_by"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: not a card of xcon ({error}); build the shard set again") from None
+
+
+def _class_info(values: Mapping[str, Any]) -> ClassInfo:
+    return ClassInfo(**{**values, "hierarchy": tuple(values["hierarchy"])})
+
+
+def number_classes(raw_ids: Sequence[int] | Sequence[str]) -> dict[Any, int]:
+    """Raw id -> class id: the position among the sorted distinct raw ids."""
+    return {raw: number for number, raw in enumerate(sorted(set(raw_ids)))}
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that appears at `path` only when the block ends well; otherwise nothing is left.
+
+    Raises:
+        OSError: the file cannot be written; the message names `path`.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
