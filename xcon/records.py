@@ -13,7 +13,7 @@ import math
 import os
 import string
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -277,7 +277,7 @@ def _class_info(values: Mapping[str, Any]) -> ClassInfo:
     return ClassInfo(**{**values, "hierarchy": tuple(values["hierarchy"])})
 
 
-def number_classes(raw_ids: Sequence[int] | Sequence[str]) -> dict[Any, int]:
+def number_classes(raw_ids: Iterable[Any]) -> dict[Any, int]:
     """Raw id -> class id: the position among the sorted distinct raw ids."""
     return {raw: number for number, raw in enumerate(sorted(set(raw_ids)))}
 
