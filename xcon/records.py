@@ -186,9 +186,7 @@ def caption(template: str, info: ClassInfo) -> str:
         raise ValueError(f"caption template {template!r} names no field: every class would be called alike")
     if missing := [f for f in fields if f not in info.caption_fields]:
         have = ", ".join(info.caption_fields)
-        raise ValueError(
-            f"caption template {template!r}: class {info.name!r} has no {missing[0]!r}, only {have}"
-        )
+        raise ValueError(f"caption template {template!r}: class {info.name!r} has no {missing[0]!r}, only {have}")
     return template.format(**info.caption_fields)
 
 
@@ -237,6 +235,10 @@ class Card:
     def samples(self, split: str) -> int:
         """Records in a split."""
         return sum(shard.samples for shard in self.splits[split])
+
+    def class_facts(self) -> tuple[dict[str, Any], ...]:
+        """The classes as plain values, as a model carries them along."""
+        return tuple(dataclasses.asdict(c) for c in self.classes)
 
     def to_json(self) -> str:
         """The text of `dataset.json`."""

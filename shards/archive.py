@@ -1,0 +1,108 @@
+"""A release in one .tar or .tar.gz, read once from its first byte to its last and never unpacked.
+
+A compressed tar cannot be read out of order, and shards are written shuffled: so the photographs are made
+small as they pass and put into one spool file, whose offsets are remembered.
+"""
+
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from rich.console import Console
+
+from shards.photographs import SUFFIXES
+from shards.plan import BrokenPhotographError
+from shards.progress import progress
+
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+_LARGEST_TEXT = 64_000_000  # bytes; the longest table of NABirds has 20 MB (parts/part_locs.txt)
+
+
+class Spool:
+    """Photographs by name, one after another in one file, and why the broken ones are broken."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._places: dict[str, tuple[int, int]] = {}
+        self._broken: dict[str, str] = {}
+
+    def add(self, name: str, fitted: Callable[[], bytes]) -> None:
+        """Keeps what `fitted` gives, or why it gives nothing."""
+        try:
+            data = fitted()
+        except BrokenPhotographError as error:
+            self._broken[name] = str(error)
+            return
+        self._places[name] = (self._file.tell(), self._file.write(data))
+
+    def read(self, name: str) -> bytes:
+        """One photograph, in any order, once all are there.
+
+        Raises:
+            BrokenPhotographError: as when it passed.
+        """
+        if name in self._broken:
+            raise BrokenPhotographError(self._broken[name])
+        offset, size = self._places[name]
+        self._file.seek(offset)
+        return self._file.read(size)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file's name is that of an archive."""
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def scan(
+    path: Path, console: Console, keep: Callable[[str, bytes], None] | None
+) -> tuple[dict[str, bytes], set[str]]:
+    """Reads an archive in one pass.
+
+    Args:
+        path: .tar, .tar.gz or .tgz.
+        console: for the progress.
+        keep: is given the name and the bytes of every photograph; None passes them over.
+
+    Returns:
+        The text files (name in the archive -> bytes) and the names of the photographs.
+
+    Raises:
+        ValueError: no archive, or one that ends too early.
+    """
+    texts: dict[str, bytes] = {}
+    names: set[str] = set()
+    for member, archive in _members(path, console):
+        name = str(PurePosixPath(member.name))
+        if name.lower().endswith(SUFFIXES):
+            names.add(name)
+            if keep is not None:
+                keep(name, _content(archive, member))
+        elif name.endswith(".txt") and member.size <= _LARGEST_TEXT:
+            texts[name] = _content(archive, member)
+    return texts, names
+
+
+def _members(path: Path, console: Console) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    size = path.stat().st_size
+    damage = (tarfile.TarError, EOFError, zlib.error)
+    with path.open("rb") as file, progress(console, f"read {path.name}", size / 1e6, "MB") as advance:
+        passed = 0
+        try:
+            with tarfile.open(fileobj=file, mode="r|*") as archive:
+                for member in archive:
+                    advance((file.tell() - passed) / 1e6)
+                    passed = file.tell()
+                    if member.isfile():
+                        yield member, archive
+        except damage as error:
+            raise ValueError(
+                f"{path}: not a whole archive ({error} at byte {file.tell():,} of {size:,}): download it again"
+            ) from None
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # a regular file: see _members
+    return file.read()

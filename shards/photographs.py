@@ -1,0 +1,49 @@
+"""One photograph: decoded, turned upright, made small, encoded; or its bytes kept where they fit already."""
+
+import io
+import struct
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from shards.plan import BrokenPhotographError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+# What Pillow raises, by format, on bytes that are cut or damaged.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+def fit(data: bytes, name: str, *, size: int, quality: int) -> bytes:
+    """An upright RGB JPEG whose shorter side is at most `size`.
+
+    A photograph is never enlarged, and an upright RGB JPEG that is small enough keeps its bytes.
+
+    Args:
+        data: the file, in any format Pillow reads.
+        name: the file's name, for the message.
+        size: pixels.
+        quality: of the JPEG, 1 .. 95.
+
+    Raises:
+        BrokenPhotographError: the file does not decode to its last row.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            if _fits(image, size):
+                return data
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise BrokenPhotographError(f"{name}: does not decode (no image format that Pillow knows)") from None
+    except _DAMAGE as error:
+        raise BrokenPhotographError(f"{name}: does not decode ({error})") from None
+    scale = min(1.0, size / min(upright.size))
+    smaller = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
+    buffer = io.BytesIO()
+    upright.resize(smaller, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _fits(image: Image.Image, size: int) -> bool:
+    upright = image.getexif().get(_ORIENTATION, 1) == 1
+    return image.format == "JPEG" and image.mode == "RGB" and upright and min(image.size) <= size

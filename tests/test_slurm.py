@@ -1,0 +1,216 @@
+"""The job scripts: linted, and run on a real SLURM of two nodes that tests/minislurm.sh starts here."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+class Cluster:
+    """A running minislurm; jobs are submitted from the top of the repository, as the README says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.logs = folder / "logs"
+        self.logs.mkdir()
+        self.settings = {
+            "MINISLURM_DIR": str(folder / "cluster"),
+            "XCON_ENV": str(BIN / "activate"),
+            "SCRATCH": str(folder / "scratch"),
+        }
+
+    def run(self, *command: str, **settings: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("XCON_")}
+        done = subprocess.run(
+            [ROOT / "tests/minislurm.sh", *command],
+            env=environment | self.settings | settings,
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def submit(self, *arguments: str, **settings: str) -> str:
+        """Submits with what a small machine can give; returns the job's id."""
+        options = ["--parsable", "--mem=4G", "--cpus-per-task=1", f"--output={self.logs}/%j.out"]
+        return self.run("exec", "sbatch", *options, *arguments, **settings).strip()
+
+    def wait(self, job: str, seconds: float = 240) -> str:
+        """Returns the state in which the job ended (`sbatch --wait` polls too seldom)."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            fields = self.run("exec", "scontrol", "show", "job", "--oneliner", job).split()
+            state = dict(field.split("=", 1) for field in fields if "=" in field)["JobState"]
+            if state in ENDED:
+                return state
+            time.sleep(0.5)
+        return f"still {state} after {seconds} s"
+
+    def log(self, job: str) -> str:
+        file = self.logs / f"{job}.out"
+        return file.read_text() if file.exists() else "(no log)"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("minislurm needs root on Linux")
+    if subprocess.run(["unshare", "--mount", "--net", "true"], check=False).returncode:
+        pytest.skip("minislurm needs kernel namespaces (CAP_SYS_ADMIN), and this container has none")
+    mini = Cluster(tmp_path_factory.mktemp("slurm"))
+    mini.run("start")
+    yield mini
+    mini.run("stop")
+
+
+def test_scripts_pass_shellcheck():
+    scripts = [*ROOT.glob("slurm/*.sh"), ROOT / "tests/minislurm.sh"]
+    assert len(scripts) >= 6
+    done = subprocess.run(
+        [BIN / "shellcheck", "--external-sources", *scripts],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("script", ["build_shards", "pretrain", "finetune"])
+def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Path):
+    done = subprocess.run(
+        ["bash", ROOT / f"slurm/{script}.sh", "demo"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "submit from the top of the repository" in done.stderr
+
+
+def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
+    """`singularity` is a stand-in that shows how it was called."""
+    singularity = tmp_path / "singularity"
+    singularity.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "$HF_HOME" "$HF_HUB_OFFLINE"\n')
+    singularity.chmod(0o755)
+    settings = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SCRATCH": "/scratch/me",
+        "SLURM_CLUSTER_NAME": "greene",
+        "SLURM_JOB_ID": "1",
+        "XCON_IMAGE": "cuda 12.sif",
+        "XCON_OVERLAY": "/scratch/me/env.ext3",
+    }
+    done = subprocess.run(
+        ["bash", "-euc", 'source slurm/site.sh; become xcon --note "two  words"'],
+        cwd=ROOT,
+        env=settings,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    image = "/scratch/work/public/singularity/cuda 12.sif"
+    assert done.stdout.splitlines() == [
+        *("exec", "--nv", "--overlay", "/scratch/me/env.ext3:ro", image),
+        *("bash", "-c", 'source "$0" && exec "$@"', "/ext3/env.sh", "xcon", "--note", "two  words"),
+        *("/scratch/me/xcon-cache/huggingface", "1"),
+    ]
+
+
+class Layout(NamedTuple):
+    """What a job is given, and what must come of it on each node."""
+
+    nodes: int
+    options: list[str]
+    arguments: list[str]
+    processes: int
+    threads: str
+    workers: list[str]
+    devices: str = ""
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    "layout",
+    [
+        # Four cores and two GPUs on each node: two processes of two cores, one of them for a worker.
+        Layout(2, ["--gres=gpu:2", "--cpus-per-task=4"], [], 4, "1", ["--workers", "1"], "0,1"),
+        # Eight cores and no GPU: one process, two workers, six threads.
+        Layout(2, ["--cpus-per-task=8"], [], 2, "6", ["--workers", "2"]),
+        Layout(1, [], ["--workers", "5"], 1, "1", []),
+    ],
+)
+def test_every_node_starts_its_launcher(cluster: Cluster, tmp_path: Path, layout: Layout):
+    """`accelerate` is a stand-in that writes down how it was called on which node."""
+    stub = tmp_path / "accelerate"
+    stub.write_text(
+        '#!/bin/bash\nprintf "%s\\0" "$OMP_NUM_THREADS" "$CUDA_VISIBLE_DEVICES" "$@" '
+        f'>"{tmp_path}/$(hostname)"\n'
+    )
+    stub.chmod(0o755)
+    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
+    arguments = ["demo", "--out", "a  b '$HOME' *", *layout.arguments]
+    options = [f"--nodes={layout.nodes}", *layout.options]
+    job = cluster.submit(*options, "slurm/pretrain.sh", *arguments, XCON_ENV=str(tmp_path / "env"))
+    assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+
+    meet = ["--rdzv_backend", "c10d", "--main_process_ip", "node1"] if layout.nodes > 1 else []
+    for rank in range(layout.nodes):
+        assert (tmp_path / f"node{rank + 1}").read_text().split("\0")[:-1] == [
+            *(layout.threads, layout.devices),
+            *("launch", "--config_file", "accelerate_configs/ddp.yaml"),
+            *("--num_machines", str(layout.nodes), "--num_processes", str(layout.processes)),
+            *("--machine_rank", str(rank), *meet, "--main_process_port", str(10000 + int(job))),
+            *("xcon/pretrain.py", *arguments, *layout.workers),
+        ]
+
+
+@pytest.mark.slurm
+def test_shards_then_pretraining_then_finetuning(cluster: Cluster, tmp_path: Path):
+    shards, pretrained, tuned = tmp_path / "shards", tmp_path / "pre trained", tmp_path / "tuned"
+    small = ["--epochs", "1", "--batch-size", "16", "--image-size", "32", "--precision", "fp32"]
+
+    def after(job: str) -> list[str]:
+        return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
+
+    build = cluster.submit(
+        *("slurm/build_shards.sh", "synthetic", "--out", str(shards)),
+        *("--classes", "6", "--per-class", "24", "--val-per-class", "2"),
+    )
+    pretrain = cluster.submit(
+        *("--nodes=2", *after(build), "slurm/pretrain.sh", "demo"),
+        *("--shards", str(shards), "--out", str(pretrained), *small),
+    )
+    finetune = cluster.submit(
+        *("--nodes=2", *after(pretrain), "slurm/finetune.sh", "demo"),
+        *("--shards", str(shards), "--init", str(pretrained), "--out", str(tuned), *small),
+    )
+    for job in (build, pretrain, finetune):
+        assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+    for job, run in ((pretrain, pretrained), (finetune, tuned)):
+        assert "node 1 of 2 (node1), 1 process(es)" in cluster.log(job)
+        assert "node 2 of 2 (node2), 1 process(es)" in cluster.log(job)
+        start, *steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert (start["event"], start["processes"]) == ("start", 2)
+        assert steps
+        assert (run / "model.safetensors").exists()
+
+
+@pytest.mark.slurm
+def test_a_wrong_recipe_fails_the_job_and_is_named_in_its_log(cluster: Cluster, tmp_path: Path):
+    job = cluster.submit("slurm/pretrain.sh", "dmeo", "--shards", "none", "--out", str(tmp_path / "run"))
+    assert cluster.wait(job) == "FAILED"
+    assert [line for line in cluster.log(job).splitlines() if "no recipe 'dmeo': one of paper, clip" in line]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,164 @@
+"""Checkpoints: saved whole or not at all, resumed exactly.
+
+`checkpoints/step-N/` holds what Accelerate saves of every process (weights, optimiser, loss scaler, random
+states) and `state.json`, the position of the run. The order of records needs no saving: it is a function of
+the step (`sampler.Order`).
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+
+from xcon.config import TrainConfig, read_json
+from xcon.model import weights_to_bytes
+from xcon.records import atomic_write
+
+KEPT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps done.
+        best: the best held-out result so far, higher is better, compared from left to right.
+        since_best: validations since then.
+    """
+
+    step: int = 0
+    best: tuple[float, ...] | None = None
+    since_best: int = 0
+
+    def after(self, score: tuple[float, ...]) -> "Position":
+        """The position after a validation."""
+        if self.best is None or score > self.best:
+            return dataclasses.replace(self, best=score, since_best=0)
+        return dataclasses.replace(self, since_best=self.since_best + 1)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        run: the run folder.
+        accelerator: with everything prepared that is to be saved.
+    """
+
+    def __init__(self, run: Path, accelerator: Accelerator) -> None:
+        self.folder = run / "checkpoints"
+        self.accelerator = accelerator
+
+    @property
+    def best(self) -> Path:
+        """The weights of the best held-out result so far; the run's model when training ends."""
+        return self.folder / "best.safetensors"
+
+    def save_best(self, wrapped: nn.Module) -> None:
+        """Keeps the present weights as the best; called by all processes."""
+        weights = self.accelerator.get_state_dict(wrapped)
+        if self.accelerator.is_main_process:
+            with atomic_write(self.best) as file:
+                file.write(weights_to_bytes(weights))
+
+    def save(self, position: Position) -> None:
+        """Saves the run where it stands; called by all processes.
+
+        A checkpoint takes its name only when it is whole, and older ones go only after that.
+
+        Raises:
+            OSError: it could not be written; nothing of it is left.
+        """
+        step = position.step
+        partial = self.folder / f".step-{step}.partial"
+        try:
+            self.accelerator.save_state(str(partial))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {step} could not be written ({error}); is there space "
+                "left? The run goes on from the one before"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {**dataclasses.asdict(position), "processes": self.accelerator.num_processes}
+            (partial / "state.json").write_text(json.dumps(state) + "\n")
+            partial.replace(self.folder / f"step-{step}")
+            for old in self.whole()[:-KEPT]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> Position:
+        """Loads the newest checkpoint, where there is one; called by all processes.
+
+        Returns:
+            Where the run stands: at its beginning without a checkpoint.
+
+        Raises:
+            ValueError: it was saved by another number of processes, or is damaged.
+        """
+        checkpoints = self.whole()
+        if not checkpoints:
+            return Position()
+        newest = checkpoints[-1]
+        state = read_json(newest / "state.json")
+        if state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{newest}: saved by {state['processes']} processes, resumed by {self.accelerator.num_processes}: "
+                "launch as many as before"
+            )
+        try:
+            self.accelerator.load_state(str(newest))
+        except (OSError, RuntimeError, SafetensorError, EOFError) as error:
+            raise ValueError(f"{newest}: damaged ({error}); remove it to resume from the one before") from None
+        self.accelerator.wait_for_everyone()
+        best = state["best"] and tuple(state["best"])
+        return Position(step=state["step"], best=best, since_best=state["since_best"])
+
+    def whole(self) -> list[Path]:
+        """All whole checkpoints, the newest last."""
+        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> bool:
+    """Makes the run folder, or finds the same run begun there; called by all processes.
+
+    Args:
+        config: the resolved settings, saved as `config.json`.
+        accelerator: of this process.
+        facts: saved beside them; `command`, `method` and `shards_sha256` must be those of the run begun.
+
+    Returns:
+        Whether the run is complete already.
+
+    Raises:
+        ValueError: the folder holds something else, or a run with other settings.
+    """
+    run, saved = config.out, config.out / "config.json"
+    if saved.is_file():
+        begun = read_json(saved)
+        changes = [
+            f"{n} was {begun.get(n)}, now {v}" for n, v in facts.items() if begun.get(n) != v and n != "recipe"
+        ]
+        if changes := changes + config.differences(begun):
+            raise ValueError(
+                f"{run}: holds a run with other settings ({'; '.join(changes)}): choose another --out"
+            )
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run}: neither empty nor a run folder: choose another --out")
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for leftover in (run / "checkpoints").glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        if not saved.is_file():
+            with atomic_write(saved) as file:
+                file.write(config.to_json(**facts).encode())
+    accelerator.wait_for_everyone()
+    return (run / "model.json").is_file()

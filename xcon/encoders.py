@@ -1,0 +1,276 @@
+"""The three encoders (paper, section 3.1): image, text, metadata. Each says its output `width` and its `spec`.
+
+A spec is what rebuilds the encoder without its weights, and is saved in a run's `model.json`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    DistilBertConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from xcon import captions, geotime
+from xcon.images import ImageSpec
+
+# Legend: b rows, H and W pixels, L tokens, F width of an encoder.
+
+SMALL_TEXT = "small-distilbert"
+
+
+# --------------------------------------------------------------------------------------------------------
+# Image
+
+
+class ImageEncoder(nn.Module):
+    """Any timm network without its classifier; it normalises uint8 pixels itself, on its device."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ImageSpec, network: Any = None) -> None:
+        super().__init__()
+        self.spec = spec
+        network = network or _timm_network(spec.backbone, spec.options, pretrained=False)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.width = int(network.head_hidden_size)  # not num_features: some have a layer after the pooling
+        self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(spec.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, photos: Tensor) -> Tensor:
+        """Features of photographs.
+
+        Args:
+            photos: `[b, 3, H, W]` uint8.
+
+        Returns:
+            `[b, F]`.
+        """
+        pixels = (photos.to(self.mean.dtype) - self.mean) / self.std  # [b, 3, H, W]
+        return self.network(pixels.contiguous(memory_format=torch.channels_last))
+
+
+def build_image(backbone: str, options: Mapping[str, str], *, weights: str, size: int) -> ImageEncoder:
+    """Builds an image encoder.
+
+    Args:
+        backbone: a timm name.
+        options: keyword arguments of `timm.create_model`; values are read as JSON where they are JSON.
+        weights: `imagenet` (timm's own, from the hub or its cache), `none`, or a safetensors file. Where the
+            file's metadata has `mean` and `std`, they are used instead of timm's.
+        size: side of the square the network will see.
+
+    Raises:
+        ValueError: no such network, an option it does not take, or weights that do not fit it.
+        FileNotFoundError: no such weights.
+    """
+    values = {name: _json_or_text(text) for name, text in options.items()}
+    network = _timm_network(backbone, values, pretrained=weights == "imagenet")
+    facts = resolve_model_data_config(network)
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    if weights not in ("imagenet", "none"):
+        metadata = _load_weights(network, Path(weights))
+        mean, std = (_numbers(metadata.get(k)) or v for k, v in (("mean", mean), ("std", std)))
+    spec = ImageSpec(backbone, values, size, mean, std, facts["crop_pct"], facts["interpolation"])
+    return ImageEncoder(spec, network)
+
+
+def _timm_network(backbone: str, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(backbone, pretrained=pretrained, num_classes=0, **options)
+    except OSError:
+        raise FileNotFoundError(
+            f"ImageNet weights of {backbone} are not in the local cache and the hub cannot be reached: fetch "
+            "them where there is a network, or give --image-weights FILE.safetensors (or none)"
+        ) from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"--image-backbone {backbone}: timm refuses it ({error})") from None
+
+
+def _load_weights(network: nn.Module, file: Path) -> dict[str, str]:
+    """Loads weights into a network, all but its classifier's; returns the file's metadata."""
+    if not file.is_file():
+        raise FileNotFoundError(f"--image-weights {file}: no such file")
+    try:
+        state = load_file(file)
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"--image-weights {file}: not a safetensors file ({error})") from None
+    wanted = network.state_dict()
+    wrong = [n for n in wanted if n not in state or state[n].shape != wanted[n].shape]
+    if wrong:
+        problem = "has no" if wrong[0] not in state else "has another shape of"
+        raise ValueError(
+            f"--image-weights {file}: not weights of this network, it {problem} {wrong[0]} "
+            f"({len(wrong)} of {len(wanted)} tensors do not fit)"
+        )
+    network.load_state_dict({name: state[name] for name in wanted})
+    return metadata
+
+
+def _json_or_text(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    return tuple(float(word) for word in text.split()) if text else None
+
+
+# --------------------------------------------------------------------------------------------------------
+# Text
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpec:
+    """A Hugging Face config; the tokenizer lies in the run's `tokenizer/` folder.
+
+    Attributes:
+        config: of the model, with its `model_type`.
+        pad_id: the token that fills up short captions.
+        pooling: cls takes the first token's vector, mean the average over the caption.
+    """
+
+    config: Mapping[str, Any]
+    pad_id: int
+    pooling: Literal["cls", "mean"]
+
+
+class TextEncoder(nn.Module):
+    """Any Hugging Face text model; equal captions of a batch are encoded once.
+
+    Dropout is off, so that a caption has one vector per batch whichever process encodes it: only then is the
+    loss a function of the global batch and not of how it was dealt out.
+    """
+
+    def __init__(self, spec: TextSpec, network: PreTrainedModel | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.network = network or AutoModel.from_config(AutoConfig.for_model(**spec.config))
+        if getattr(self.network, "pooler", None) is not None:
+            self.network.pooler = None  # unused, and DDP refuses parameters without a gradient
+        self.width = int(self.network.config.hidden_size)
+        for module in self.network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Vectors of captions.
+
+        Args:
+            tokens: `[b, L]` token ids, padded with `spec.pad_id`.
+
+        Returns:
+            `[b, F]`.
+        """
+        distinct, number = tokens.unique(dim=0, return_inverse=True)  # [n, L], [b]
+        mask = distinct != self.spec.pad_id  # [n, L]
+        mask[:, 0] = True  # never a row without any token
+        states = self.network(input_ids=distinct, attention_mask=mask.long()).last_hidden_state  # [n, L, F]
+        if self.spec.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            pooled = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return pooled[number]  # [b, F]
+
+
+def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrainedTokenizerBase]:
+    """Builds a text encoder and its tokenizer.
+
+    Args:
+        name: a Hugging Face model by name or folder, or `small-distilbert`: two untrained layers, 256 wide,
+            with a vocabulary made from `texts`.
+        texts: the captions of the shard set.
+
+    Raises:
+        FileNotFoundError: neither a folder nor in the cache nor on the hub.
+        ValueError: a folder without a model, or a tokenizer that cannot pad.
+    """
+    if name == SMALL_TEXT:
+        tokenizer: PreTrainedTokenizerBase = captions.build_tokenizer(texts)
+        config = DistilBertConfig(
+            vocab_size=len(tokenizer), dim=256, n_layers=2, n_heads=4, hidden_dim=1024,
+            max_position_embeddings=64, pad_token_id=captions.pad_id(tokenizer),
+        )  # fmt: skip
+        network = AutoModel.from_config(config)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            network = AutoModel.from_pretrained(name, use_safetensors=True)
+        except OSError:
+            raise FileNotFoundError(
+                f"--text-model {name}: no folder with a model, not in the local cache, and the hub cannot be "
+                f"reached or has no such model; fetch it where there is a network, or take {SMALL_TEXT}"
+            ) from None
+    longest = int(captions.tokenise(tokenizer, texts).shape[1])
+    limit = getattr(network.config, "max_position_embeddings", longest)
+    if longest > limit:
+        raise ValueError(f"the longest caption has {longest} tokens, --text-model {name} takes {limit}")
+    pooling: Literal["cls", "mean"] = "cls" if tokenizer.cls_token_id is not None else "mean"
+    spec = TextSpec(network.config.to_dict(), captions.pad_id(tokenizer), pooling)
+    return TextEncoder(spec, network), tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaSpec:
+    """Attributes: width of the layers, number of residual blocks, the encoding of place and date."""
+
+    width: int = 256
+    depth: int = 4
+    encoding: Literal["wrap"] = "wrap"
+
+
+class MetaEncoder(nn.Module):
+    """A residual multi-layer perceptron on sine-cosine signals (paper, section 3.1, "Meta Embedding").
+
+    The layers are those of Mac Aodha et al. 2019, without dropout: one linear layer, then `depth` blocks.
+    """
+
+    def __init__(self, spec: MetaSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.width = spec.width
+        self.first = nn.Sequential(nn.Linear(geotime.WRAP_WIDTH, spec.width), nn.ReLU())
+        self.blocks = nn.Sequential(*(_Residual(spec.width) for _ in range(spec.depth)))
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Vectors of places and dates.
+
+        Args:
+            places: `[b, 3]` lon, lat in degrees, fraction of the year; NaN where unknown.
+
+        Returns:
+            `[b, F]`; rows without any metadata are finite and mean nothing (`geotime.known`).
+        """
+        dtype = next(self.parameters()).dtype
+        return self.blocks(self.first(geotime.encode_wrap(places.to(dtype))))
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)

@@ -1,0 +1,68 @@
+"""What processes exchange: the only module that uses `torch.distributed`.
+
+The loss of the global batch, exact on every process, for gradients that DDP and ZeRO average.
+
+Every process gathers the rows of all W processes and computes the whole loss L. The gather's backward sums
+the W equal gradients of a row on the process that owns it, so each process sees W dL/dz for its own rows and
+dL/ds for the scale. The mean over processes that DDP and ZeRO take then gives dL/dz and dL/ds exactly: the
+factor W of the rows cancels because each row lives on one process, and the scale lives on all of them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import Tensor
+
+from xcon import losses
+
+
+def cross_contrastive(
+    embeddings: Mapping[str, Tensor],
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    present: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """`losses.cross_contrastive` of the rows of all processes; see there.
+
+    Every process must call it with the same number of rows and the same modalities. The mean over processes
+    of the parameter gradients equals the gradients that one process would compute with all rows.
+
+    Args:
+        embeddings: modality -> unit vectors `[b, D]`, the rows of this process.
+        labels: `[b]` integers.
+        scale: 1 / temperature, the same scalar on all processes.
+        present: modality -> `[b]` bool, the rows that have it.
+
+    Returns:
+        The losses of the global batch, equal on all processes.
+    """
+    return losses.cross_contrastive(
+        {modality: _rows_with_gradient(vectors) for modality, vectors in embeddings.items()},
+        rows(labels),
+        scale,
+        present={modality: rows(mask) for modality, mask in (present or {}).items()},
+    )
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The rows of all processes in order of rank, `[b, ...]` -> `[W b, ...]`, without gradient."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def world_size() -> int:
+    """Number of processes; 1 where none were launched together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rows_with_gradient(tensor: Tensor) -> Tensor:
+    """As `rows`; its backward sums over processes and returns to each the gradient of its own rows."""
+    if world_size() == 1:
+        return tensor
+    return torch.cat(dist_functional.all_gather(tensor.contiguous()))

@@ -1,0 +1,102 @@
+"""Photographs: bytes to uint8 pixels, and the transforms of training and evaluation.
+
+Pixels stay uint8 until they are on the device: `encoders.ImageEncoder` normalises them there.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import InterpolationMode
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What `timm.create_model` takes, and how photographs are prepared for it.
+
+    Attributes:
+        backbone: the timm name.
+        options: its keyword arguments.
+        size: side of the square it sees, pixels.
+        mean: of the three channels, in [0, 1].
+        std: of the three channels.
+        crop_pct: share of the shorter side kept at evaluation.
+        interpolation: bicubic, bilinear or nearest.
+    """
+
+    backbone: str
+    options: Mapping[str, Any]
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+
+
+def decode(data: bytes) -> Tensor:
+    """Decodes a photograph.
+
+    JPEGs go through libjpeg-turbo; other formats, and JPEGs that it refuses (CMYK), through Pillow.
+
+    Args:
+        data: the bytes of an image file.
+
+    Returns:
+        `[3, H, W]` uint8 RGB, a view with channels last in memory.
+
+    Raises:
+        ValueError: not an image, or one that breaks off.
+    """
+    if simplejpeg.is_jpeg(data):
+        try:
+            return _pixels(simplejpeg.decode_jpeg(data, colorspace="RGB"))
+        except ValueError as error:
+            if "colorspace" not in str(error).lower():
+                raise ValueError(f"the JPEG does not decode ({error})") from None
+    return _pixels(np.array(_open_with_pillow(data)))
+
+
+def _open_with_pillow(data: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not an image that decodes ({error})") from None
+
+
+def _pixels(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
+
+
+def train_transform(spec: ImageSpec, *, crop_scale: float) -> Transform:
+    """A random crop of at least `crop_scale` of the area, scaled to the network's size, flipped half of the time.
+
+    It draws from torch's default generator, which `loader` seeds for every record and epoch.
+
+    Args:
+        spec: of the network.
+        crop_scale: smallest share of the area, in (0, 1]; at 1 the photograph is scaled without a crop.
+    """
+    size, mode = (spec.size, spec.size), InterpolationMode(spec.interpolation)
+    resize = (
+        v2.Resize(size, interpolation=mode, antialias=True)
+        if crop_scale == 1
+        else v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=mode, antialias=True)
+    )
+    return v2.Compose([resize, v2.RandomHorizontalFlip()])
+
+
+def eval_transform(spec: ImageSpec) -> Transform:
+    """The shorter side scaled to `size / crop_pct`, then the central square of `size`."""
+    mode = InterpolationMode(spec.interpolation)
+    resize = v2.Resize(round(spec.size / spec.crop_pct), interpolation=mode, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(spec.size)])

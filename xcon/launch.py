@@ -1,0 +1,92 @@
+"""How a process starts: the Accelerator, the precision of its device, one line for a user's mistake."""
+
+import math
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+
+def guarded(body: Callable[[], None], program: str) -> None:
+    """Runs an entry point; a user's mistake (ValueError, OSError) becomes one line and exit status 2.
+
+    With `XCON_TRACEBACK=1` in the environment the whole traceback is shown instead.
+    """
+    try:
+        body()
+    except (ValueError, OSError) as error:
+        if os.environ.get("XCON_TRACEBACK"):
+            raise
+        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted\n")
+        raise SystemExit(130) from None
+
+
+def native_precision() -> str:
+    """The fastest precision that the device computes natively: bf16, fp16 (with a loss scaler) or fp32.
+
+    By compute capability, since `torch.cuda.is_bf16_supported` is also true where bf16 is emulated.
+    """
+    if torch.cuda.is_available():
+        major, _ = torch.cuda.get_device_capability()
+        return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raises ValueError where training has diverged."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}: lower the learning rates or take --precision fp32")
+
+
+def make_accelerator(
+    precision: str, *, batch_size: int, clip_norm: float, accumulation_steps: int = 1
+) -> Accelerator:
+    """The Accelerator for this process, on a GPU or not, under DDP or DeepSpeed.
+
+    Args:
+        precision: auto, bf16, fp16 or fp32; `auto` is `native_precision`.
+        batch_size: rows of the global batch; each process takes an equal part.
+        clip_norm: the gradient norm that DeepSpeed, which clips by itself, is told.
+        accumulation_steps: parts that each process computes its share of the batch in.
+
+    Raises:
+        ValueError: the batch does not divide among the processes, or fp16 without a GPU.
+    """
+    precision = native_precision() if precision == "auto" else precision
+    cuda = torch.cuda.is_available()
+    if precision == "fp16" and not cuda:
+        raise ValueError("--precision fp16 needs a CUDA device: choose bf16, fp32 or auto")
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    accelerator = Accelerator(
+        cpu=not cuda and not deepspeed,  # under DeepSpeed, cpu=True would silently mean DDP
+        gradient_accumulation_steps=accumulation_steps,
+        mixed_precision="no" if precision == "fp32" or deepspeed else precision,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
+    )
+    # A launcher that starts processes which never meet would train W separate models.
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.gradient_accumulation_steps != accumulation_steps:
+        raise ValueError(
+            f"the launcher's configuration accumulates {accelerator.gradient_accumulation_steps} gradients, the "
+            f"settings {accumulation_steps}: remove gradient_accumulation_steps there"
+        )
+    if batch_size % (accelerator.num_processes * accumulation_steps):
+        raise ValueError(
+            f"--batch-size {batch_size} is the global batch and does not divide among "
+            f"{accelerator.num_processes} processes x {accumulation_steps} parts"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = batch_size // accelerator.num_processes // accumulation_steps
+        settings["gradient_clipping"] = clip_norm
+        # DeepSpeed's own bf16 turns the parameters to bf16, which BatchNorm refuses; autocast does not.
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
+        settings["torch_autocast"] = {"enabled": dtype is not None, "dtype": dtype or "bfloat16"}
+        settings["bf16"] = settings["fp16"] = {"enabled": False}
+    return accelerator

@@ -1,0 +1,155 @@
+"""Batches: the records of one process, step by step, as tensors.
+
+A batch is a dictionary: `image` `[b, 3, S, S]` uint8, `text` `[b, L]` token ids, `meta` `[b, 3]` lon and lat
+in degrees and the fraction of the year (NaN where unknown), and beside the modalities `label` `[b]` class ids,
+`index` `[b]` the records' numbers in their split, `weight` `[b]`, 0 for rows that only fill up the last batch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from xcon import images
+from xcon.images import Transform
+from xcon.sampler import Item, Order
+from xcon.shardset import Split
+
+Batch = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class Records(Dataset[Batch]):
+    """Turns one item of an order into the tensors of a record.
+
+    Attributes:
+        split: the records.
+        modalities: which of image, text and meta to deliver.
+        transform: of the photograph; needed where images are delivered.
+        tokens: `[K, L]` token ids of the distinct captions; needed where text is delivered.
+        meta_dropout: share of records whose metadata is hidden.
+        seed: of crops, flips and hidden metadata; every record and epoch has draws of its own, whatever
+            process and worker it falls to.
+    """
+
+    split: Split
+    modalities: tuple[str, ...]
+    transform: Transform | None = None
+    tokens: Tensor | None = None
+    meta_dropout: float = 0.0
+    seed: int = 0
+
+    def __getitem__(self, item: Item) -> Batch:
+        """One record.
+
+        Raises:
+            ValueError: its photograph does not decode; the message names it.
+        """
+        epoch, index, weight = item
+        record: Batch = {
+            "label": torch.tensor(self.split.class_id[index]),
+            "index": torch.tensor(index),
+            "weight": torch.tensor(weight, dtype=torch.float32),
+        }
+        with _draws_of(self.seed, epoch, index):
+            if "image" in self.modalities:
+                record["image"] = self._photo(index)
+            if "text" in self.modalities:
+                assert self.tokens is not None
+                record["text"] = self.tokens[self.split.caption[index]]
+            if "meta" in self.modalities:
+                hidden = self.meta_dropout > 0 and torch.rand(()).item() < self.meta_dropout
+                place = np.full(3, math.nan) if hidden else self.split.place[index]
+                record["meta"] = torch.tensor(place, dtype=torch.float32)
+        return record
+
+    def _photo(self, index: int) -> Tensor:
+        try:
+            pixels = images.decode(self.split.photo(index))
+        except ValueError as error:
+            raise ValueError(f"{self.split.describe(index)}: {error}; xcon-shards verify lists all") from None
+        assert self.transform is not None
+        return self.transform(pixels).contiguous()
+
+
+class _draws_of:  # noqa: N801 - used as a function
+    """Seeds torch's default generator for one record, and puts it back."""
+
+    def __init__(self, seed: int, epoch: int, index: int) -> None:
+        self.seed = int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> 1)
+
+    def __enter__(self) -> None:
+        self.before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.default_generator.set_state(self.before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of every batch falls to this process, and how many workers decode it.
+
+    Attributes:
+        rank: of the process.
+        world_size: number of processes.
+        workers: processes that decode, for each of them; 0 decodes in the process itself.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+
+
+def make_loader(records: Records, order: Order, share: Share, *, steps: range) -> DataLoader[Batch]:
+    """The batches of one process for a range of steps, epochs running into one another without a pause.
+
+    Args:
+        records: what an item becomes.
+        order: the global order.
+        share: of this process; the number of processes divides the order's batch size.
+        steps: counted from the start of training, so that a resumed run gives those that remain.
+    """
+    return DataLoader(
+        records,
+        batch_sampler=_Batches(order, share, steps),
+        num_workers=share.workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if share.workers else None,
+        generator=torch.Generator(),  # its own, so that starting a loader does not move the global one
+    )
+
+
+def evaluation_loader(records: Records, share: Share, *, batch_size: int) -> DataLoader[Batch]:
+    """Every record once, in the order of its split.
+
+    Args:
+        records: with a transform that draws nothing.
+        share: of this process.
+        batch_size: over all processes, rounded up until they divide it.
+    """
+    order = Order(len(records.split), -(-batch_size // share.world_size) * share.world_size, seed=None)
+    return make_loader(records, order, share, steps=range(order.steps_per_epoch))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    order: Order
+    share: Share
+    steps: range
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        rank, world_size = self.share.rank, self.share.world_size
+        return self.order.local_batches(steps=self.steps, rank=rank, world_size=world_size)
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """All tensors of a batch on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

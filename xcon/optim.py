@@ -1,0 +1,65 @@
+"""Parameter groups and the learning-rate schedule, in optimiser steps."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def make_optimizer(module: nn.Module, rates: Mapping[str, float], *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with a learning rate per part of the model (paper, section 4.2); without decay it is Adam.
+
+    Vectors and scalars (biases, norms, the temperature) are not decayed. Frozen parameters are left out.
+
+    Args:
+        module: with encoders under `towers.<modality>.encoder.`; all else is the head.
+        rates: `image`, `text`, `meta`, `head` -> learning rate.
+        weight_decay: of the matrices.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((_part(name), parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": rates[part],
+                "peak_lr": rates[part],
+                "part": part,
+                "weight_decay": weight_decay if decayed else 0.0,
+            }
+            for (part, decayed), parameters in groups.items()
+        ],
+        fused=True,  # 3 to 7 times faster than a loop, on processors too
+    )
+
+
+def _part(name: str) -> str:
+    words = name.split(".")
+    return words[1] if words[0] == "towers" and words[2] == "encoder" else "head"
+
+
+def schedule(step: int, *, warmup: int, total: int) -> float:
+    """The factor on every learning rate at an optimiser step: a linear rise, then half a cosine to zero.
+
+    Args:
+        step: 0 for the first.
+        warmup: steps of the rise.
+        total: steps of the whole training.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_rates(optimizer: Any, factor: float) -> None:
+    """Sets the learning rate of every group to its peak times the factor.
+
+    Written into the groups, not through a scheduler: Accelerate steps a prepared scheduler once per process,
+    and an optimiser wrapped by DeepSpeed still reads its groups.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,215 @@
+"""Cross-contrastive pre-training (paper, section 3.1).
+
+    accelerate launch xcon/pretrain.py RECIPE --shards DIR --out RUN [--field value ...]
+
+The same command given again resumes from the newest checkpoint; `--help` lists recipes, `RECIPE --help` settings.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from xcon import captions, config, encoders, evaluation, gather, images, launch, losses, model, optim
+from xcon.checkpoint import Checkpoints, open_run
+from xcon.config import PretrainConfig
+from xcon.geotime import known
+from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, to_device
+from xcon.model import ContrastiveModel, ModelSpec, Tower
+from xcon.sampler import Order
+from xcon.shardset import ShardSet
+from xcon.tracking import Clock, Silent, Tracker
+
+# Legend: b rows of this process, N records of the validation split, C classes, D width of the shared space.
+
+
+def main() -> None:
+    """Runs the command line."""
+    launch.guarded(train, "xcon pretrain")
+
+
+def train() -> None:
+    """Parse, data, model, optimiser, resume, loop."""
+    recipe, cfg = config.parse_recipe(config.PRETRAIN, "xcon pretrain")
+    accelerator = launch.make_accelerator(cfg.precision, batch_size=cfg.batch_size, clip_norm=cfg.clip_norm)
+
+    # Data
+    shards = ShardSet(cfg.shards)
+    order = Order(len(shards.split("train")), cfg.batch_size, cfg.seed)
+    facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
+    if open_run(cfg, accelerator, **facts):
+        accelerator.print(f"{cfg.out}: this run is complete")
+        return
+
+    # Model
+    set_seed(cfg.seed)
+    with accelerator.main_process_first():  # one process downloads, the others find it in the cache
+        towers, tokenizer = build_towers(cfg, shards)
+    contrastive = ContrastiveModel(towers, temperature=cfg.temperature, max_scale=cfg.max_scale)
+    spec = ModelSpec(
+        kind="contrastive", method=cfg.method, embed_dim=cfg.embed_dim, hidden=None,
+        classes=shards.card.class_facts(), shards_sha256=shards.card.sha256,
+        **model.specs_of(towers),
+    )  # fmt: skip
+    tokens = captions.tokenise(tokenizer, shards.captions) if tokenizer else None
+    crop = images.train_transform(spec.image, crop_scale=cfg.crop_scale) if spec.image else None
+    records = Records(shards.split("train"), cfg.modalities, crop, tokens, seed=cfg.seed)
+    share = Share(accelerator.process_index, accelerator.num_processes, cfg.workers)
+
+    # Optimiser
+    rates = {"image": cfg.image_lr, "text": cfg.text_lr, "meta": cfg.meta_lr, "head": cfg.head_lr}
+    optimizer = optim.make_optimizer(contrastive, rates, weight_decay=cfg.weight_decay)
+    wrapped, optimizer = accelerator.prepare(contrastive, optimizer)
+    total = cfg.epochs * order.steps_per_epoch
+    warmup = round(cfg.warmup_epochs * order.steps_per_epoch)
+
+    # Resume
+    checkpoints = Checkpoints(cfg.out, accelerator)
+    at = checkpoints.restore()
+    batches = make_loader(records, order, share, steps=range(at.step, total))
+    tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
+    if at.step == 0:
+        tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
+
+    # Loop
+    clock = Clock()
+    for step, batch in enumerate(clock.watch(batches), start=at.step):
+        wrapped.train()
+        rows = to_device(batch, accelerator.device)
+        optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total))
+        embeddings, scale = wrapped({m: rows[m] for m in cfg.modalities})
+        terms = gather.cross_contrastive(embeddings, match_on(rows, cfg.matching), scale, present=present(rows))
+        accelerator.backward(terms["total"])
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), cfg.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        at = dataclasses.replace(at, step=step + 1)
+        if at.step % cfg.log_every == 0:
+            values = {name: term.item() for name, term in terms.items()}
+            launch.check_finite(values["total"], at.step)
+            if tracker:
+                values |= {
+                    "scale": scale.item(),
+                    "grad_norm": float(norm),
+                    "epoch": at.step / order.steps_per_epoch,
+                }
+                tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
+        if at.step % order.steps_per_epoch == 0 and shards.has("val"):
+            held_out = validate(
+                wrapped, cfg, spec, shards=shards, tokens=tokens, share=share, device=accelerator.device
+            )
+            at = at.after((held_out.get("top1", 0.0), -held_out["loss"]))
+            if at.since_best == 0:
+                checkpoints.save_best(wrapped)
+            tracker.write("val", at.step, held_out)
+        if at.step % cfg.checkpoint_every == 0:
+            checkpoints.save(at)
+        tracker.advance(at.step)
+        if cfg.patience and at.since_best >= cfg.patience:
+            break
+
+    # The result: the weights of the best held-out result; without a validation split, the last
+    if at.best is None:
+        checkpoints.save_best(wrapped)
+    tracker.write("end", at.step, {"best": at.best})
+    tracker.close()
+    if accelerator.is_main_process:
+        if tokenizer:
+            tokenizer.save_pretrained(cfg.out / "tokenizer")
+        model.save(cfg.out, spec, checkpoints.best.read_bytes())
+    accelerator.end_training()
+
+
+def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower], PreTrainedTokenizerBase | None]:
+    """The towers with their pre-trained weights, and the tokenizer where there is a text tower."""
+    made: dict[str, encoders.ImageEncoder | encoders.TextEncoder | encoders.MetaEncoder] = {}
+    tokenizer = None
+    for modality in cfg.modalities:
+        if modality == "image":
+            made["image"] = encoders.build_image(
+                cfg.image_backbone or "resnet50", cfg.image_options, weights=cfg.image_weights or "imagenet",
+                size=cfg.image_size,
+            )  # fmt: skip
+        elif modality == "text":
+            made["text"], tokenizer = encoders.build_text(cfg.text_model, shards.captions)
+        else:
+            made["meta"] = encoders.MetaEncoder(encoders.MetaSpec(cfg.meta_width, cfg.meta_depth))
+    return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, tokenizer
+
+
+def match_on(rows: Batch, matching: str) -> Tensor:
+    """`[b]` what rows must share to be positives: their class, or (CLIP) to be the same record."""
+    return rows["label"] if matching == "label" else rows["index"]
+
+
+def present(rows: Batch) -> dict[str, Tensor]:
+    """Modality -> `[b]` bool: real rows, not those that fill up a batch, and for metadata those that have some."""
+    real = rows["weight"] > 0
+    return {m: real & known(rows["meta"]) if m == "meta" else real for m in config.MODALITIES if m in rows}
+
+
+def validate(
+    wrapped: nn.Module, cfg: PretrainConfig, spec: ModelSpec, *, shards: ShardSet, tokens: Tensor | None,
+    share: Share, device: torch.device,
+) -> dict[str, float]:  # fmt: skip
+    """The loss on the validation split in batches of training's size, and how often the right caption is found.
+
+    Returns:
+        `loss`, the mean total; where there is text also `top1`, the share of records whose class has the caption
+        most similar to image and metadata together, and `image_top1` and `meta_top1`, to one of them alone.
+    """
+    wrapped.eval()
+    split = shards.split("val")
+    transform = images.eval_transform(spec.image) if spec.image else None
+    batches = evaluation_loader(
+        Records(split, cfg.modalities, transform, tokens), share, batch_size=cfg.batch_size
+    )
+
+    def embed(rows: Batch) -> dict[str, Tensor]:
+        embeddings, _ = wrapped({m: rows[m] for m in cfg.modalities})
+        return {**embeddings, **{f"{m} present": mask for m, mask in present(rows).items()}}
+
+    found = evaluation.collect(batches, embed, samples=len(split), device=device)
+    embeddings: dict[str, Tensor] = {m: found[m] for m in cfg.modalities}  # [N, D] each
+    masks: dict[str, Tensor] = {m: found[f"{m} present"] for m in cfg.modalities}  # [N] each
+    target = found["label"] if cfg.matching == "label" else torch.arange(len(split))
+    with torch.inference_mode():
+        _, scale = wrapped({})
+        loss = 0.0
+        for rows in torch.arange(len(split)).split(cfg.batch_size):
+            part = {m: z[rows] for m, z in embeddings.items()}
+            part_masks = {m: mask[rows] for m, mask in masks.items()}
+            terms = losses.cross_contrastive(part, target[rows], scale.cpu(), present=part_masks)
+            loss += terms["total"].item() * len(rows) / len(split)
+        if tokens is None:
+            return {"loss": loss}
+        class_tokens = tokens[torch.from_numpy(shards.class_captions)].to(device)
+        captions_of = wrapped({"text": class_tokens})[0]["text"].cpu()  # [C, D]
+    return {"loss": loss, **caption_top1(embeddings, masks, captions_of, found["label"])}
+
+
+def caption_top1(
+    embeddings: Mapping[str, Tensor], masks: Mapping[str, Tensor], class_captions: Tensor, labels: Tensor
+) -> dict[str, float]:
+    """Zero-shot accuracy: the class whose caption is most similar.
+
+    Args:
+        embeddings: modality -> `[N, D]` unit vectors.
+        masks: modality -> `[N]` bool, the rows that have it.
+        class_captions: `[C, D]` unit vectors.
+        labels: `[N]`.
+    """
+    similarity = {
+        m: masks[m][:, None] * z @ class_captions.T for m, z in embeddings.items() if m != "text"
+    }  # [N, C]
+    together = torch.stack(list(similarity.values())).sum(dim=0)
+    choices = {"top1": together, **{f"{m}_top1": s for m, s in similarity.items()}}
+    return {name: (s.argmax(dim=1) == labels).double().mean().item() for name, s in choices.items()}
+
+
+if __name__ == "__main__":
+    main()
