@@ -73,33 +73,31 @@ def scan(
     """
     texts: dict[str, bytes] = {}
     names: set[str] = set()
-    for member, archive in _members(path, console):
-        name = str(PurePosixPath(member.name))
-        if name.lower().endswith(SUFFIXES):
-            names.add(name)
-            if keep is not None:
-                keep(name, _content(archive, member))
-        elif name.endswith(".txt") and member.size <= _LARGEST_TEXT:
-            texts[name] = _content(archive, member)
+    try:
+        for member, archive in _members(path, console):
+            name = str(PurePosixPath(member.name))
+            if name.lower().endswith(SUFFIXES):
+                names.add(name)
+                if keep is not None:
+                    keep(name, _content(archive, member))
+            elif name.endswith(".txt") and member.size <= _LARGEST_TEXT:
+                texts[name] = _content(archive, member)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole archive ({error}); download it again") from None
     return texts, names
 
 
 def _members(path: Path, console: Console) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    size = path.stat().st_size
-    damage = (tarfile.TarError, EOFError, zlib.error)
-    with path.open("rb") as file, progress(console, f"read {path.name}", size / 1e6, "MB") as advance:
+    size = path.stat().st_size / 1e6
+    with path.open("rb") as file, progress(console, f"read {path.name}", size, "MB") as advance:
         passed = 0
-        try:
-            with tarfile.open(fileobj=file, mode="r|*") as archive:
-                for member in archive:
-                    advance((file.tell() - passed) / 1e6)
-                    passed = file.tell()
-                    if member.isfile():
-                        yield member, archive
-        except damage as error:
-            raise ValueError(
-                f"{path}: not a whole archive ({error} at byte {file.tell():,} of {size:,}): download it again"
-            ) from None
+        with tarfile.open(fileobj=file, mode="r|*") as archive:
+            for member in archive:
+                advance((file.tell() - passed) / 1e6)
+                passed = file.tell()
+                if member.isfile():
+                    yield member, archive
+        advance(size - passed / 1e6)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

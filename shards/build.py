@@ -13,6 +13,7 @@ import errno
 import hashlib
 import io
 import itertools
+import os
 import re
 import shutil
 import statistics
@@ -85,16 +86,15 @@ def workspace(out: Path) -> Iterator[Path]:
         (out / CARD_NAME).unlink(missing_ok=True)
         if created:
             out.rmdir()
-        if errno.ENOSPC in _numbers(error):
-            raise OSError(
-                f"--out {out}: no space left on the device; free some, or name a folder on another disk"
-            ) from error
+        if full := _numbers(error) & {errno.ENOSPC, errno.EDQUOT}:
+            reason = os.strerror(min(full)).lower()
+            raise OSError(f"--out {out}: {reason}; free some, or name a folder on another disk") from error
         raise
 
 
-def _numbers(error: BaseException) -> set[int | None]:
+def _numbers(error: BaseException) -> set[int]:
     """The error numbers of an error and of what it was raised from."""
-    return {e.errno for e in (error, error.__cause__) if isinstance(e, OSError)}
+    return {e.errno for e in (error, error.__cause__) if isinstance(e, OSError) and e.errno is not None}
 
 
 def _check_free(out: Path) -> None:

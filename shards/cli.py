@@ -159,15 +159,18 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's box, and the subcommands there are, without the help that follows."""
+    """The message of tyro's box, and the subcommands there are, without the help that follows.
+
+    The box is drawn in lines or, where stdout is not UTF-8, in dashes: a title, then sections between rules.
+    """
     sections: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯ ")
-        if set(text) <= {"─"}:
+        if set(text) <= {"─"} or set(text) <= {"-"}:
             sections.append([])
         else:
             sections[-1].append(text)
-    message, *others = [" ".join(words) for words in sections]
+    message, *others = [" ".join(words) for words in sections if words]
     known = [text for text in others if text.startswith("Available subcommands")]
     return f"{'. '.join([message, *known])} (see {PROG} --help)"
 

@@ -231,6 +231,20 @@ def test_terminal_takes_brackets_for_text(make: Callable[..., Path]) -> None:
     assert 'image (layers ["[red]", 1])' in console.export_text()
 
 
+def test_a_narrow_terminal_loses_no_number(make: Callable[..., Path]) -> None:
+    """Three seeds, long labels, 80 columns: every number whole, on one line or on two."""
+    meta = [make(f"m{n}", range(9 - n), range(8), seed=n, init_recipe="pre" * 9) for n in range(3)]
+    found = comparison.compare([make("a", ALL), *meta], resamples=99)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    report.show(found, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\u2026" not in text
+    for _, lines in report.tables(found):
+        numbers = {word for line in lines for cell in line[1:] for word in cell.split()}
+        assert numbers <= set(text.split())
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "xcon.report", *arguments],

@@ -43,7 +43,7 @@ class Settings:
     """WEST SOUTH EAST NORTH in degrees; the whole world where none is given."""
     step: float = 0.5
     """Side of a grid cell in degrees."""
-    batch: int = 8192
+    batch: int = 32_768
     """Places computed at once."""
 
     def __post_init__(self) -> None:
@@ -98,8 +98,7 @@ def held_constant(network: Classifier, spec: ModelSpec, photo: Path | None) -> d
         pixels = images.decode(photo.read_bytes())
     except ValueError as error:
         raise ValueError(f"--image {photo}: {error}") from None
-    seen = spec.image
-    view = images.eval_transform(seen.size, crop_pct=seen.crop_pct, interpolation=seen.interpolation)
+    view = images.eval_transform(spec.image)
     with torch.inference_mode():
         return {"image": network.embed("image", view(pixels)[None])}
 

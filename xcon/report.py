@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.box import SIMPLE_HEAD
@@ -88,9 +88,13 @@ def tables(report: dict[str, Any]) -> list[tuple[Sequence[str], list[tuple[str, 
 def show(report: dict[str, Any], console: Console) -> None:
     """Prints the report on a terminal."""
     for headings, lines in tables(report):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for n, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if n == 0 or heading == "against" else "right")
+            # A narrow terminal may break a column between words; only labels give way further.
+            words = " ".join([heading, *(line[n] for line in lines)]).split()
+            width = max(map(len, words)) if n else None
+            side: Literal["left", "right"] = "left" if n == 0 or heading == "against" else "right"
+            table.add_column(heading, justify=side, overflow="fold", min_width=width)
         for line in lines:
             table.add_row(*map(escape, line))
         console.print(table)

@@ -1,0 +1,296 @@
+"""Prediction: an evaluated run from a shard set, or the ranking for photographs.
+
+    xcon predict RUN --shards DIR [--split test]            # RUN/predictions.parquet, RUN/metrics.json
+    xcon predict RUN FILES... [--lon -73.9 --lat 40.7 --date 2026-05-01] [--out FILE.csv|json|parquet]
+
+Both work under `accelerate launch`; every record of a split is evaluated exactly once by any number of processes.
+"""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+import tyro
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from xcon import classifier, config, evaluation, images, launch, metrics, records
+from xcon.classifier import Classifier
+from xcon.loader import Batch, Records, Share, evaluation_loader
+from xcon.model import ModelSpec
+from xcon.shardset import ShardSet, Split
+
+PROGRAM = "xcon predict"
+FORMATS = (".csv", ".json", ".parquet")
+
+# Legend: b rows of a batch, N records, C classes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Evaluates a run on a split of a shard set, or ranks the classes of photographs."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Fine-tuned run."""
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES...")] = ()
+    """Photographs."""
+    shards: Path | None = None
+    """Shard set to evaluate on, instead of photographs."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split of the shard set."""
+    lon: float | None = None
+    """Degrees east of the photographs."""
+    lat: float | None = None
+    """Degrees north of the photographs."""
+    date: str | None = None
+    """Day of the photographs, as an ISO date."""
+    out: Path | None = None
+    """Predictions are written here: .csv, .json or .parquet for photographs, .parquet for a shard set."""
+    top: int = 5
+    """Classes to list per photograph."""
+    batch_size: int = 64
+    """Photographs at once, over all processes."""
+    workers: int = 2
+    """Processes that decode, per process that computes."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """As in training."""
+
+    def __post_init__(self) -> None:
+        """Refuses settings that have no meaning together.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        if (self.shards is None) == (not self.files):
+            raise ValueError("give either --shards DIR or photographs")
+        if self.batch_size < 1 or self.top < 1 or self.workers < 0:
+            raise ValueError("--batch-size and --top are at least 1, --workers at least 0")
+        if self.shards and (self.lon, self.lat, self.date) != (None, None, None):
+            raise ValueError("--lon, --lat and --date are for photographs; a shard set has its own")
+        formats = (".parquet",) if self.shards else FORMATS
+        if self.out and self.out.suffix not in formats:
+            raise ValueError(f"--out {self.out}: a name ending in {' or '.join(formats)} is needed")
+        records.check_place(lon=self.lon, lat=self.lat)
+        records.year_fraction(self.date)
+
+
+def main() -> None:
+    """Runs the command line."""
+    launch.guarded(predict, PROGRAM)
+
+
+def predict() -> None:
+    """Parse, model, data, loop, results."""
+    settings = config.parse(Settings, PROGRAM)
+    network, spec = classifier.load(settings.run)
+    accelerator = launch.make_accelerator(settings.precision, batch_size=0, clip_norm=1.0)
+    network.to(accelerator.device)
+    if settings.shards:
+        evaluate(settings, network, spec, ShardSet(settings.shards), accelerator)
+    else:
+        rank(settings, network, spec, accelerator)
+    accelerator.end_training()
+
+
+# --------------------------------------------------------------------------------------------------------
+# A split of a shard set
+
+
+def evaluate(
+    settings: Settings, network: Classifier, spec: ModelSpec, shards: ShardSet, accelerator: Accelerator
+) -> None:
+    """Scores with the records' own metadata, without, and with that of other records; writes both files."""
+    split = shards.split(settings.split)
+    ours = [info.raw_class_id for info in shards.card.classes]
+    if ours != spec.raw_class_ids:
+        raise ValueError(
+            f"{settings.run}: fine-tuned on another class list ({len(spec.classes)} classes) than "
+            f"{settings.shards} has ({len(ours)})"
+        )
+    share = Share(accelerator.process_index, accelerator.num_processes, settings.workers)
+    transform = images.eval_transform(spec.image) if spec.image else None
+    batches = evaluation_loader(
+        Records(split, tuple(network.towers), transform), share, batch_size=settings.batch_size
+    )
+    # Metadata of another record drawn at random: what the model makes of a place says nothing of the bird then.
+    others = torch.from_numpy(split.place[np.random.default_rng(0).permutation(len(split))]).float()
+
+    def score(batch: Batch) -> dict[str, Tensor]:
+        with accelerator.autocast():
+            return scores(network, batch, others.to(accelerator.device))
+
+    shown = track(
+        batches, f"{settings.split} split", console=Console(stderr=True), disable=not accelerator.is_main_process
+    )
+    found = evaluation.collect(shown, score, samples=len(split), device=accelerator.device)
+    if not accelerator.is_main_process:
+        return
+    probabilities = {name: found[name].numpy() for name in found if name != "label"}
+    seed = config.read_json(settings.run / "config.json")["seed"]
+    facts = {
+        "split": settings.split,
+        "n": len(split),
+        **metrics.summarise(probabilities["scores"], split.class_id),
+        "label_space": f"{len(ours)} classes of the source",
+        "with_meta": "meta" in network.towers,
+        "seed": seed,
+        "shards_sha256": shards.card.sha256,
+        **{
+            name: {"n": len(split), **metrics.summarise(p, split.class_id)}
+            for name, p in probabilities.items()
+            if name != "scores"
+        },
+    }
+    suffix = "" if settings.split == "test" else f"-{settings.split}"
+    out = settings.out or settings.run / f"predictions{suffix}.parquet"
+    write_table(prediction_table(split, probabilities), out)
+    with records.atomic_write(settings.run / f"metrics{suffix}.json") as file:
+        file.write((json.dumps(facts, indent=1) + "\n").encode())
+    Console().print(
+        f"{len(split)} of {len(split)} {settings.split} records, each evaluated once, by "
+        f"{accelerator.num_processes} process(es): {summary(facts)}\n{out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def scores(network: Classifier, batch: Mapping[str, Tensor], others: Tensor) -> dict[str, Tensor]:
+    """Probabilities `[b, C]`: `scores`, and for a model with metadata `without_meta` and `shuffled_meta`.
+
+    Args:
+        network: the classifier.
+        batch: with its modalities and `index`.
+        others: `[N, 3]` the places to take instead of the records' own.
+    """
+    fixed = {m: network.embed(m, batch[m]) for m in network.towers if m != "meta"}
+
+    def with_places(places: Tensor) -> Tensor:
+        return network.classify({**fixed, "meta": network.embed("meta", places)}).float().softmax(dim=1)
+
+    if "meta" not in network.towers:
+        return {"scores": network.classify(fixed).float().softmax(dim=1)}
+    return {
+        "scores": with_places(batch["meta"]),
+        "without_meta": with_places(torch.full_like(batch["meta"], math.nan)),
+        "shuffled_meta": with_places(others[batch["index"]]),
+    }
+
+
+def prediction_table(split: Split, probabilities: Mapping[str, np.ndarray]) -> pa.Table:
+    """One row per record, in the order of the split."""
+    own = probabilities["scores"]
+    best = np.argsort(-own, axis=1, kind="stable")[:, :5]
+    columns = {
+        "image_id": pa.array(split.image_id),
+        "class_id": pa.array(split.class_id),
+        "predicted": pa.array(best[:, 0]),
+        "probability": pa.array(own.max(axis=1)),
+        "top5": pa.array(best.tolist(), pa.list_(pa.int32())),
+        **{f"predicted_{n}": pa.array(p.argmax(axis=1)) for n, p in probabilities.items() if n != "scores"},
+        "scores": pa.FixedSizeListArray.from_arrays(pa.array(own.ravel()), own.shape[1]),
+    }
+    return pa.table(columns)
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """The figures of an evaluation in one line."""
+    line = f"top-1 {100 * facts['top1']:.2f} %, top-5 {100 * facts['top5']:.2f} %, ECE {facts['ece']:.3f}"
+    if not facts["with_meta"]:
+        return line
+    without, shuffled = facts["without_meta"]["top1"], facts["shuffled_meta"]["top1"]
+    return f"{line}; top-1 without metadata {100 * without:.2f} %, with shuffled metadata {100 * shuffled:.2f} %"
+
+
+# --------------------------------------------------------------------------------------------------------
+# Photographs
+
+
+def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: Accelerator) -> None:
+    """The most probable classes of each photograph, on the terminal or in a file."""
+    if "meta" not in network.towers and (settings.lon, settings.lat, settings.date) != (None, None, None):
+        raise ValueError(f"--lon, --lat, --date: {settings.run} was fine-tuned without metadata, they are unused")
+    if spec.image is None:
+        raise ValueError(f"{settings.run}: fine-tuned without images, it cannot rank photographs")
+    transform = images.eval_transform(spec.image)
+    known = [settings.lon, settings.lat, records.year_fraction(settings.date)]
+    place = torch.tensor([[math.nan if v is None else v for v in known]])  # [1, 3]
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(settings.files), settings.batch_size):
+        files = settings.files[start : start + settings.batch_size]
+        photos = torch.stack([transform(read(file)) for file in files])  # [b, 3, S, S]
+        inputs = {"image": photos, "meta": place.expand(len(files), -1)}
+        with torch.inference_mode(), accelerator.autocast():
+            logits = network({m: inputs[m].to(accelerator.device) for m in network.towers})
+        best = logits.float().softmax(dim=1).cpu().topk(min(settings.top, len(spec.classes)))
+        for file, values, ids in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
+            rows += [
+                {
+                    "file": str(file),
+                    "rank": n,
+                    "class_id": c,
+                    "raw_class_id": spec.classes[c]["raw_class_id"],
+                    "name": spec.classes[c]["name"],
+                    "probability": p,
+                }
+                for n, (c, p) in enumerate(zip(ids, values, strict=True), start=1)
+            ]
+    if not accelerator.is_main_process:
+        return
+    if settings.out:
+        write_table(pa.Table.from_pylist(rows), settings.out)
+    else:
+        show(rows)
+
+
+def read(file: Path) -> Tensor:
+    """The pixels of a photograph, `[3, H, W]` uint8.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it does not decode; the message names it.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        return images.decode(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the ranking."""
+    table = Table("file", "rank", "class", "probability")
+    for row in rows:
+        first = row["rank"] == 1
+        name = row["file"] if first else ""
+        table.add_row(name, str(row["rank"]), row["name"], f"{row['probability']:.3f}", end_section=False)
+    Console().print(table)
+
+
+def write_table(table: pa.Table, out: Path) -> None:
+    """Writes a table by the ending of its name: .csv, .json (a list of objects) or .parquet."""
+    buffer = io.BytesIO()
+    if out.suffix == ".parquet":
+        pq.write_table(table, buffer, compression="zstd")
+    elif out.suffix == ".csv":
+        pyarrow.csv.write_csv(table, buffer)
+    else:
+        buffer.write((json.dumps(table.to_pylist(), indent=1) + "\n").encode())
+    with records.atomic_write(out) as file:
+        file.write(buffer.getvalue())
+
+
+if __name__ == "__main__":
+    main()
