@@ -8,13 +8,10 @@
 Exit status: 0 all was done; 2 wrong usage or input, with one line that says what and where; 130 interrupted.
 """
 
-import contextlib
 import dataclasses
-import io
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +23,7 @@ from rich.console import Console
 from shards import archive, build, nabirds, photographs, synthetic, verify
 from shards.locations import LOCATION_FILE, read_locations
 from shards.plan import Plan
+from xcon.commandline import complain, guarded, one_line_errors
 from xcon.records import PAPER_CAPTION, Card, ClassInfo, caption
 
 PROG = "xcon-shards"
@@ -116,67 +114,27 @@ Command = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+def main() -> None:
+    """Runs one command."""
+    guarded(run, PROG)
+
+
+def run() -> None:
+    """Reads the command line and does what it says."""
     console = Console(soft_wrap=True, highlight=False)
-    try:
-        command = parse(sys.argv[1:] if argv is None else argv)
-        if isinstance(command, Build):
-            _build(command.source, console)
-        elif isinstance(command, Verify):
-            return _verify(command.folder, console)
-        else:
-            verify.show(Card.load(command.folder), command.folder, console)
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing half-written is left")
-        return 130
-    except (OSError, ValueError) as error:
-        _complain(str(error))
-        return 2
-    return 0
-
-
-def parse(argv: Sequence[str]) -> Command:
-    """Reads the command line.
-
-    Raises:
-        ValueError: wrong usage, in one line.
-    """
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                Command,
-                prog=PROG,
-                args=list(argv),
-                description=__doc__,
-                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-            )
-    except SystemExit as stop:
-        if stop.code != 2:
-            raise
-        raise ValueError(_one_line(box.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """The message of tyro's box, and the subcommands there are, without the help that follows.
-
-    The box is drawn in lines or, where stdout is not UTF-8, in dashes: a title, then sections between rules.
-    """
-    sections: list[list[str]] = [[]]
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯ ")
-        if set(text) <= {"─"} or set(text) <= {"-"}:
-            sections.append([])
-        else:
-            sections[-1].append(text)
-    message, *others = [" ".join(words) for words in sections if words]
-    known = [text for text in others if text.startswith("Available subcommands")]
-    return f"{'. '.join([message, *known])} (see {PROG} --help)"
-
-
-def _complain(message: str) -> None:
-    sys.stderr.write(f"{PROG}: {' '.join(message.splitlines())}\n")
+    with one_line_errors(PROG):
+        command = tyro.cli(
+            Command,
+            prog=PROG,
+            description=__doc__,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
+    if isinstance(command, Build):
+        _build(command.source, console)
+    elif isinstance(command, Verify):
+        _verify(command.folder, console)
+    else:
+        verify.show(Card.load(command.folder), command.folder, console)
 
 
 def _build(source: NABirds | Synthetic, console: Console) -> None:
@@ -284,11 +242,15 @@ def _show(facts: Mapping[str, str], console: Console) -> None:
         console.print(f"{name:<{width}}  {value}", markup=False)
 
 
-def _verify(folder: Path, console: Console) -> int:
-    problems = 0
-    for problem in verify.problems(Card.load(folder), folder, console):
-        problems += 1
-        _complain(problem)
-    if not problems:
-        console.print(f"{folder}: whole, every byte as the card says")
-    return 2 if problems else 0
+def _verify(folder: Path, console: Console) -> None:
+    """Raises ValueError after all problems are told, a line each."""
+    problems = list(verify.problems(Card.load(folder), folder, console))
+    for problem in problems:
+        complain(PROG, problem)
+    if problems:
+        raise ValueError(f"{folder}: {len(problems)} problems; build it again")
+    console.print(f"{folder}: whole, every byte as the card says")
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,7 @@ _MEMBERS = {
     "Southern": "australis",
 }
 _PLUMAGES = ("", "", " (Adult male)", "", " (Female/immature)", "", " (Breeding)")
-_PHOTOGRAPHERS = ("A. Quill", "B. Reed", "C. Sander", "D. Tarn", "Zoë Ålund")
+_PHOTOGRAPHERS = ("A. Quill", "B. Reed", "C. Sander", "D. Tarn", "Zo\u00eb \u00c5lund")
 _REACH = 3  # of bill and tail from the middle of the body, in half heights of the body
 _CANVAS = 2  # drawn so many times larger, then made small: smooth edges
 

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from xcon import cartography, classifier, config, images, maps, model
+from xcon import cartography, classifier, commandline, images, maps, model
 from xcon.encoders import ImageSpec, MetaSpec
 
 WORLD = (-180.0, -90.0, 180.0, 90.0)
@@ -274,7 +274,7 @@ def test_command_draws_a_map(run: Path, photo: Path, tmp_path: Path, monkeypatch
 def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str) -> None:
     command_line(monkeypatch, "species", "run", "--species", "Osprey", *arguments)
     with pytest.raises(ValueError, match=message):
-        config.parse(maps.Settings, maps.PROGRAM)
+        commandline.parse(maps.Settings, maps.PROGRAM)
 
 
 def test_a_users_mistake_is_one_line(

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from xcon import comparison, config, report
+from xcon import commandline, comparison, report
 
 ROOT = Path(__file__).parents[1]
 IDS = [f"a{n:03}" for n in range(10)]
@@ -286,7 +286,7 @@ def test_command_says_what_is_wrong_in_one_line(make: Callable[..., Path]) -> No
 def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
     monkeypatch.setattr(sys, "argv", ["report", *arguments])
     with pytest.raises(ValueError, match=message):
-        config.parse(report.Settings, report.PROGRAM)
+        commandline.parse(report.Settings, report.PROGRAM)
 
 
 def test_the_folder_of_out_must_exist(

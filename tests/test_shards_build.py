@@ -12,12 +12,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from shards import photographs, synthetic
+from shards import cli, photographs, synthetic
 from shards.build import raw_id_range
-from shards.cli import main
 from shards.photographs import fit
 from shards.plan import BrokenPhotographError
+from tests import commands
 from xcon.records import Card, ClassInfo
+
+
+def main(argv):
+    return commands.run(cli.main, argv)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,15 @@ import webdataset
 from PIL import Image
 from rich.console import Console
 
-from shards import nabirds
-from shards.cli import main
+from shards import cli, nabirds
 from shards.progress import progress
+from tests import commands
 from xcon.records import Card, caption
+
+
+def main(argv):
+    return commands.run(cli.main, argv)
+
 
 SHARED = Path(os.environ.get("XCON_SHARED", Path(__file__).parents[2] / "shared"))
 INDEX = SHARED / "data" / "nabirds_index"

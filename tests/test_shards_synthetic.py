@@ -9,9 +9,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from shards import synthetic
-from shards.cli import main
+from shards import cli, synthetic
+from tests import commands
 from xcon.records import Card
+
+
+def main(argv):
+    return commands.run(cli.main, argv)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from shards import synthetic
-from shards.cli import main
+from shards import cli, synthetic
+from tests import commands
 from xcon.records import Card
+
+
+def main(argv):
+    return commands.run(cli.main, argv)
+
 
 META = "nabirds_with_loc_2019.json"
 
@@ -317,7 +322,7 @@ def test_one_line_and_exit_status_2(case, folder, capsys):
 def test_a_real_process_says_one_line(encoding, tmp_path):
     """tyro draws its box in lines or in dashes, by the encoding of stdout."""
     result = subprocess.run(
-        [sys.executable, "-c", "import sys; from shards.cli import main; sys.exit(main())", "bild"],
+        [sys.executable, "-c", "from shards.cli import main; main()", "bild"],
         capture_output=True,
         text=True,
         check=False,

@@ -156,8 +156,7 @@ def test_every_node_starts_its_launcher(cluster: Cluster, tmp_path: Path, layout
     """`accelerate` is a stand-in that writes down how it was called on which node."""
     stub = tmp_path / "accelerate"
     stub.write_text(
-        '#!/bin/bash\nprintf "%s\\0" "$OMP_NUM_THREADS" "$CUDA_VISIBLE_DEVICES" "$@" '
-        f'>"{tmp_path}/$(hostname)"\n'
+        f'#!/bin/bash\nprintf "%s\\0" "$OMP_NUM_THREADS" "$CUDA_VISIBLE_DEVICES" "$@" >"{tmp_path}/$(hostname)"\n'
     )
     stub.chmod(0o755)
     (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")

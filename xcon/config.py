@@ -4,17 +4,16 @@ Every setting can be given on the command line; an unknown one is an error. The 
 as `config.json` in the run and can be given back in place of the recipe's name.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
-import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
+
+from xcon.commandline import one_line_errors
 
 MODALITIES: tuple[Literal["image", "text", "meta"], ...] = ("image", "text", "meta")
 
@@ -193,7 +192,6 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"--hidden {self.hidden}: at least 1 is needed")
 
 
-Settings = TypeVar("Settings")
 Train = TypeVar("Train", bound=TrainConfig)
 
 
@@ -297,19 +295,8 @@ def parse_recipe(recipes: Mapping[str, tuple[str, Any]], program: str) -> tuple[
         choices = {name: (f"as saved in {name}", read_config(Path(name), kind))}
     elif name and not name.startswith("-") and name not in recipes:
         raise ValueError(f"no recipe {name!r}: one of {', '.join(recipes)}, or the config.json of a run")
-    # One recipe is offered at a time, so that its settings need no prefix.
-    with _one_line_errors():
+    with one_line_errors(program):
         return name, tyro.extras.overridable_config_cli(choices, prog=program, args=arguments)
-
-
-def parse(settings: type[Settings], program: str) -> Settings:
-    """Reads a command line into a dataclass of settings.
-
-    Raises:
-        ValueError: an unknown setting, a missing one, a value of the wrong kind.
-    """
-    with _one_line_errors():
-        return tyro.cli(settings, prog=program)
 
 
 def read_config(file: Path, kind: type[Train]) -> Train:
@@ -343,20 +330,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a JSON object is needed")
     return values
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turns the box that tyro draws for a wrong command line into one ValueError."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            yield
-    except SystemExit as stop:
-        if stop.code != 2:
-            raise
-        lines = [line.strip(" |\u2502") for line in printed.getvalue().splitlines()]
-        lines = [line for line in lines if line and not line.startswith(("\u256d", "\u2570"))]
-        rule = next((i for i, line in enumerate(lines) if set(line) <= {"\u2500", "-"}), len(lines))
-        message = re.sub(r"\s+", " ", " ".join(lines[:rule]))
-        raise ValueError(f"{message} (--help lists the settings)") from None

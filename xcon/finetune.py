@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from xcon import classifier, config, encoders, evaluation, images, launch, model, optim
+from xcon import classifier, commandline, config, encoders, evaluation, images, launch, model, optim
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.config import FinetuneConfig
 from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, to_device
@@ -28,7 +28,7 @@ from xcon.tracking import Clock, Silent, Tracker
 
 def main() -> None:
     """Runs the command line."""
-    launch.guarded(train, "xcon finetune")
+    commandline.guarded(train, "xcon finetune")
 
 
 def train() -> None:

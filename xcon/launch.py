@@ -1,30 +1,11 @@
-"""How a process starts: the Accelerator, the precision of its device, one line for a user's mistake."""
+"""How a process starts: the Accelerator and the precision of its device."""
 
 import math
 import os
-import sys
-from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-
-
-def guarded(body: Callable[[], None], program: str) -> None:
-    """Runs an entry point; a user's mistake (ValueError, OSError) becomes one line and exit status 2.
-
-    With `XCON_TRACEBACK=1` in the environment the whole traceback is shown instead.
-    """
-    try:
-        body()
-    except (ValueError, OSError) as error:
-        if os.environ.get("XCON_TRACEBACK"):
-            raise
-        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted\n")
-        raise SystemExit(130) from None
 
 
 def native_precision() -> str:

@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from xcon import cartography, classifier, config, images, launch, records
+from xcon import cartography, classifier, commandline, images, records
 from xcon.cartography import Floats
 from xcon.classifier import Classifier
 from xcon.model import ModelSpec
@@ -149,7 +149,7 @@ def species_title(settings: Settings, plumages: int) -> str:
 
 def run() -> None:
     """Reads the command line, asks the model, draws."""
-    settings = config.parse(Settings, PROGRAM)
+    settings = commandline.parse(Settings, PROGRAM)
     network, spec = classifier.load(settings.run)
     classes = class_indices([info["name"] for info in spec.classes], settings.species)
     held = held_constant(network, spec, settings.image)
@@ -162,7 +162,7 @@ def run() -> None:
 
 def main() -> None:
     """Entry point."""
-    launch.guarded(run, PROGRAM)
+    commandline.guarded(run, PROGRAM)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from xcon import classifier, config, evaluation, images, launch, metrics, records
+from xcon import classifier, commandline, config, evaluation, images, launch, metrics, records
 from xcon.classifier import Classifier
 from xcon.loader import Batch, Records, Share, evaluation_loader
 from xcon.model import ModelSpec
@@ -88,12 +88,12 @@ class Settings:
 
 def main() -> None:
     """Runs the command line."""
-    launch.guarded(predict, PROGRAM)
+    commandline.guarded(predict, PROGRAM)
 
 
 def predict() -> None:
     """Parse, model, data, loop, results."""
-    settings = config.parse(Settings, PROGRAM)
+    settings = commandline.parse(Settings, PROGRAM)
     network, spec = classifier.load(settings.run)
     accelerator = launch.make_accelerator(settings.precision, batch_size=0, clip_norm=1.0)
     network.to(accelerator.device)

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xcon import captions, config, encoders, evaluation, gather, images, launch, losses, model, optim
+from xcon import captions, commandline, config, encoders, evaluation, gather, images, launch, losses, model, optim
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.config import PretrainConfig
 from xcon.geotime import known
@@ -28,7 +28,7 @@ from xcon.tracking import Clock, Silent, Tracker
 
 def main() -> None:
     """Runs the command line."""
-    launch.guarded(train, "xcon pretrain")
+    commandline.guarded(train, "xcon pretrain")
 
 
 def train() -> None:

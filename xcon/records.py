@@ -44,7 +44,8 @@ class Record:
     """One photograph and what is known of it.
 
     Attributes:
-        image_id: the key of its members in the tar; no dot, no slash, at most 128 characters.
+        image_id: the key of its members in the tar; no dot, no slash, at most 95 characters (a name in a
+            USTAR archive ends at 100).
         class_id: 0 .. C-1, the position of `raw_class_id` among the sorted raw ids.
         raw_class_id: the class id of the source, as it stands there.
         class_name: the name of the source, its spelling kept.
@@ -102,8 +103,8 @@ class Record:
 
 def check_image_id(image_id: str) -> None:
     """Raises ValueError where WebDataset would split, cut or misread the key."""
-    if not image_id or len(image_id) > 128 or set(image_id) & set("./\\ ") or not image_id.isprintable():
-        raise ValueError("an image id has 1 to 128 characters, none of them a dot, slash or space")
+    if not image_id or len(image_id) > 95 or set(image_id) & set("./\\ ") or not image_id.isprintable():
+        raise ValueError("an image id has 1 to 95 characters, none of them a dot, slash or space")
 
 
 def check_place(*, lon: float | None, lat: float | None) -> None:
@@ -304,6 +305,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
+        if error.filename not in (None, name):
+            raise  # another file's trouble inside the block
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)

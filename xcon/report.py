@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xcon import comparison, config, launch, records
+from xcon import commandline, comparison, records
 
 PROGRAM = "xcon report"
 HEADINGS = (
@@ -114,7 +114,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def run() -> None:
     """Reads the command line, compares, prints, writes."""
-    settings = config.parse(Settings, PROGRAM)
+    settings = commandline.parse(Settings, PROGRAM)
     report = comparison.compare(settings.runs, resamples=settings.resamples)
     show(report, Console())
     if settings.out is not None:
@@ -125,7 +125,7 @@ def run() -> None:
 
 def main() -> None:
     """Entry point."""
-    launch.guarded(run, PROGRAM)
+    commandline.guarded(run, PROGRAM)
 
 
 if __name__ == "__main__":
