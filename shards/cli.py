@@ -243,12 +243,14 @@ def _show(facts: Mapping[str, str], console: Console) -> None:
 
 
 def _verify(folder: Path, console: Console) -> None:
-    """Raises ValueError after all problems are told, a line each."""
+    """Raises ValueError with the only problem or, after a line for each, with their number."""
     problems = list(verify.problems(Card.load(folder), folder, console))
+    if len(problems) == 1:
+        raise ValueError(problems[0])
     for problem in problems:
         complain(PROG, problem)
     if problems:
-        raise ValueError(f"{folder}: {len(problems)} problems; build it again")
+        raise ValueError(f"{folder}: {len(problems)} problems")
     console.print(f"{folder}: whole, every byte as the card says")
 
 
