@@ -37,10 +37,10 @@ def cross_contrastive(
         pair that no row has both modalities of is zero.
 
     Raises:
-        ValueError: fewer than two modalities, or sizes that do not agree.
+        ValueError: fewer than two modalities, sizes that do not agree, or a mask that is none of theirs.
     """
-    _check(embeddings, labels)
     present = present or {}
+    _check(embeddings, labels, present)
     everyone = torch.ones_like(labels, dtype=torch.bool)
     losses = {}
     for a, b in itertools.combinations(embeddings, 2):
@@ -68,11 +68,21 @@ def _matched(logits: Tensor, positive: Tensor) -> Tensor:
     return per_row.mean()
 
 
-def _check(embeddings: Mapping[str, Tensor], labels: Tensor) -> None:
+def _check(embeddings: Mapping[str, Tensor], labels: Tensor, present: Mapping[str, Tensor]) -> None:
     if len(embeddings) < 2:
         raise ValueError(f"a cross-modal loss needs two modalities or more, not {list(embeddings)}")
+    first, *_ = embeddings.values()
     for modality, vectors in embeddings.items():
         if vectors.ndim != 2 or len(vectors) != len(labels):
             raise ValueError(
                 f"{modality}: vectors are {list(vectors.shape)}, [{len(labels)}, D] is needed: a row a label"
+            )
+        if vectors.shape != first.shape:
+            raise ValueError(f"{modality}: vectors are {list(vectors.shape)}, the others {list(first.shape)}")
+    for modality, mask in present.items():
+        if modality not in embeddings:
+            raise ValueError(f"a mask for {modality}, where the modalities are {', '.join(embeddings)}")
+        if mask.dtype != torch.bool or mask.shape != labels.shape:
+            raise ValueError(
+                f"{modality}: its mask is {list(mask.shape)} {mask.dtype}, {list(labels.shape)} bool is needed"
             )
