@@ -39,7 +39,8 @@ def command(strategy: str, shards: Path, run: Path) -> list[str | Path]:
 def environment() -> dict[str, str]:
     """That of the tests without what another launcher may have left in it, and with no GPU."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed compiles an operator and looks for `ninja` there
+    return kept | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
 
 
 def finish(strategy: str, shards: Path, run: Path) -> None:

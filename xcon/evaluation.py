@@ -1,13 +1,23 @@
 """Evaluation over all processes: every record of a split exactly once, in the order of the split."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from xcon import gather
+from xcon.classifier import Classifier
 from xcon.loader import Batch, to_device
+from xcon.shardset import Split
+
+# What a model with metadata is compared with: itself, told no place and date, or those of another record.
+CONTROLS = ("without_meta", "shuffled_meta")
+
+# Legend: b rows of a batch, N records, C classes.
 
 
 @torch.inference_mode()
@@ -41,3 +51,41 @@ def collect(
     order = index.argsort()
     assert torch.equal(index[order], torch.arange(samples)), "a record was missed or came twice"
     return {name: rows[real][order] for name, rows in whole.items()}
+
+
+def with_controls(network: Classifier, batch: Mapping[str, Tensor], others: Tensor) -> dict[str, Tensor]:
+    """Probabilities `[b, C]`: `scores`, and for a model with metadata `without_meta` and `shuffled_meta`.
+
+    Args:
+        network: the classifier.
+        batch: with its modalities and `index`.
+        others: `[N, 3]` the places to take instead of the records' own.
+    """
+    fixed = {m: network.embed(m, batch[m]) for m in network.towers if m != "meta"}
+
+    def with_places(places: Tensor) -> Tensor:
+        return network.classify({**fixed, "meta": network.embed("meta", places)}).float().softmax(dim=1)
+
+    if "meta" not in network.towers:
+        return {"scores": network.classify(fixed).float().softmax(dim=1)}
+    return {
+        "scores": with_places(batch["meta"]),
+        "without_meta": with_places(torch.full_like(batch["meta"], math.nan)),
+        "shuffled_meta": with_places(others[batch["index"]]),
+    }
+
+
+def prediction_table(split: Split, probabilities: Mapping[str, np.ndarray]) -> pa.Table:
+    """One row per record, in the order of the split."""
+    own = probabilities["scores"]
+    best = np.argsort(-own, axis=1, kind="stable")[:, :5]
+    columns = {
+        "image_id": pa.array(split.image_id),
+        "class_id": pa.array(split.class_id),
+        "predicted": pa.array(best[:, 0]),
+        "probability": pa.array(own.max(axis=1)),
+        "top5": pa.array(best.tolist(), pa.list_(pa.int32())),
+        **{f"predicted_{n}": pa.array(p.argmax(axis=1)) for n, p in probabilities.items() if n in CONTROLS},
+        "scores": pa.FixedSizeListArray.from_arrays(pa.array(own.ravel()), own.shape[1]),
+    }
+    return pa.table(columns)

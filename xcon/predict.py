@@ -30,7 +30,7 @@ from xcon import classifier, commandline, config, evaluation, images, launch, me
 from xcon.classifier import Classifier
 from xcon.loader import Batch, Records, Share, evaluation_loader
 from xcon.model import ModelSpec
-from xcon.shardset import ShardSet, Split
+from xcon.shardset import ShardSet
 
 PROGRAM = "xcon predict"
 FORMATS = (".csv", ".json", ".parquet")
@@ -129,7 +129,7 @@ def evaluate(
 
     def score(batch: Batch) -> dict[str, Tensor]:
         with accelerator.autocast():
-            return scores(network, batch, others.to(accelerator.device))
+            return evaluation.with_controls(network, batch, others.to(accelerator.device))
 
     shown = track(
         batches, f"{settings.split} split", console=Console(stderr=True), disable=not accelerator.is_main_process
@@ -137,25 +137,22 @@ def evaluate(
     found = evaluation.collect(shown, score, samples=len(split), device=accelerator.device)
     if not accelerator.is_main_process:
         return
-    probabilities = {name: found[name].numpy() for name in found if name != "label"}
-    seed = config.read_json(settings.run / "config.json")["seed"]
+    probabilities = {name: rows.numpy() for name, rows in found.items() if name != "label"}
+    own, *controls = [
+        {"n": len(split), **metrics.summarise(rows, split.class_id)} for rows in probabilities.values()
+    ]
     facts = {
         "split": settings.split,
-        "n": len(split),
-        **metrics.summarise(probabilities["scores"], split.class_id),
+        **own,
         "label_space": f"{len(ours)} classes of the source",
         "with_meta": "meta" in network.towers,
-        "seed": seed,
+        "seed": config.read_json(settings.run / "config.json")["seed"],
         "shards_sha256": shards.card.sha256,
-        **{
-            name: {"n": len(split), **metrics.summarise(p, split.class_id)}
-            for name, p in probabilities.items()
-            if name != "scores"
-        },
+        **dict(zip(evaluation.CONTROLS, controls, strict=False)),
     }
     suffix = "" if settings.split == "test" else f"-{settings.split}"
     out = settings.out or settings.run / f"predictions{suffix}.parquet"
-    write_table(prediction_table(split, probabilities), out)
+    write_table(evaluation.prediction_table(split, probabilities), out)
     with records.atomic_write(settings.run / f"metrics{suffix}.json") as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
     Console().print(
@@ -164,44 +161,6 @@ def evaluate(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def scores(network: Classifier, batch: Mapping[str, Tensor], others: Tensor) -> dict[str, Tensor]:
-    """Probabilities `[b, C]`: `scores`, and for a model with metadata `without_meta` and `shuffled_meta`.
-
-    Args:
-        network: the classifier.
-        batch: with its modalities and `index`.
-        others: `[N, 3]` the places to take instead of the records' own.
-    """
-    fixed = {m: network.embed(m, batch[m]) for m in network.towers if m != "meta"}
-
-    def with_places(places: Tensor) -> Tensor:
-        return network.classify({**fixed, "meta": network.embed("meta", places)}).float().softmax(dim=1)
-
-    if "meta" not in network.towers:
-        return {"scores": network.classify(fixed).float().softmax(dim=1)}
-    return {
-        "scores": with_places(batch["meta"]),
-        "without_meta": with_places(torch.full_like(batch["meta"], math.nan)),
-        "shuffled_meta": with_places(others[batch["index"]]),
-    }
-
-
-def prediction_table(split: Split, probabilities: Mapping[str, np.ndarray]) -> pa.Table:
-    """One row per record, in the order of the split."""
-    own = probabilities["scores"]
-    best = np.argsort(-own, axis=1, kind="stable")[:, :5]
-    columns = {
-        "image_id": pa.array(split.image_id),
-        "class_id": pa.array(split.class_id),
-        "predicted": pa.array(best[:, 0]),
-        "probability": pa.array(own.max(axis=1)),
-        "top5": pa.array(best.tolist(), pa.list_(pa.int32())),
-        **{f"predicted_{n}": pa.array(p.argmax(axis=1)) for n, p in probabilities.items() if n != "scores"},
-        "scores": pa.FixedSizeListArray.from_arrays(pa.array(own.ravel()), own.shape[1]),
-    }
-    return pa.table(columns)
 
 
 def summary(facts: Mapping[str, Any]) -> str:
@@ -235,17 +194,9 @@ def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: 
             logits = network({m: inputs[m].to(accelerator.device) for m in network.towers})
         best = logits.float().softmax(dim=1).cpu().topk(min(settings.top, len(spec.classes)))
         for file, values, ids in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
-            rows += [
-                {
-                    "file": str(file),
-                    "rank": n,
-                    "class_id": c,
-                    "raw_class_id": spec.classes[c]["raw_class_id"],
-                    "name": spec.classes[c]["name"],
-                    "probability": p,
-                }
-                for n, (c, p) in enumerate(zip(ids, values, strict=True), start=1)
-            ]
+            for n, (c, p) in enumerate(zip(ids, values, strict=True), start=1):
+                info = {name: spec.classes[c][name] for name in ("raw_class_id", "name")}
+                rows.append({"file": str(file), "rank": n, "class_id": c, **info, "probability": p})
     if not accelerator.is_main_process:
         return
     if settings.out:
@@ -273,9 +224,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Prints the ranking."""
     table = Table("file", "rank", "class", "probability")
     for row in rows:
-        first = row["rank"] == 1
-        name = row["file"] if first else ""
-        table.add_row(name, str(row["rank"]), row["name"], f"{row['probability']:.3f}", end_section=False)
+        table.add_row(row["file"], str(row["rank"]), row["name"], f"{row['probability']:.3f}")
     Console().print(table)
 
 
