@@ -66,7 +66,7 @@ def train() -> None:
     # Optimiser
     rates = {"image": cfg.image_lr, "meta": cfg.meta_lr, "head": cfg.head_lr}
     optimizer = optim.make_optimizer(network, rates, weight_decay=cfg.weight_decay)
-    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    wrapped, optimizer = launch.prepare(accelerator, network, optimizer)
     total = cfg.epochs * order.steps_per_epoch
     warmup = round(cfg.warmup_epochs * order.steps_per_epoch)
 

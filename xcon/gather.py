@@ -9,10 +9,10 @@ factor W of the rows cancels because each row lives on one process, and the scal
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor
 
 from xcon import losses
@@ -62,7 +62,22 @@ def world_size() -> int:
 
 
 def _rows_with_gradient(tensor: Tensor) -> Tensor:
-    """As `rows`; its backward sums over processes and returns to each the gradient of its own rows."""
-    if world_size() == 1:
-        return tensor
-    return torch.cat(dist_functional.all_gather(tensor.contiguous()))
+    """As `rows`, and differentiable."""
+    return tensor if world_size() == 1 else _Gather.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    """`rows`; its backward sums over processes and returns to each the gradient of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """`[b, D]` -> `[W b, D]`."""
+        ctx.rows = len(tensor)
+        return rows(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """`[W b, D]` -> `[b, D]`."""
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]

@@ -3,20 +3,23 @@
 Pixels stay uint8 until they are on the device: `encoders.ImageEncoder` normalises them there.
 """
 
+import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 
 Transform = Callable[[Tensor], Tensor]
+
+_EXIF_WITHIN = 1 << 16  # bytes; a JPEG's EXIF segment is its first or second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,30 +48,40 @@ class ImageSpec:
 def decode(data: bytes) -> Tensor:
     """Decodes a photograph.
 
-    JPEGs go through libjpeg-turbo; other formats, and JPEGs that it refuses (CMYK), through Pillow.
+    JPEGs go through libjpeg-turbo; other formats, JPEGs that it refuses (CMYK) and those that their EXIF data
+    turns or mirrors, through Pillow.
 
     Args:
         data: the bytes of an image file.
 
     Returns:
-        `[3, H, W]` uint8 RGB, a view with channels last in memory.
+        `[3, H, W]` uint8 RGB, upright, a view with channels last in memory.
 
     Raises:
         ValueError: not an image, or one that breaks off.
     """
-    if simplejpeg.is_jpeg(data):
+    if simplejpeg.is_jpeg(data) and _is_upright(data):
         try:
             return _pixels(simplejpeg.decode_jpeg(data, colorspace="RGB"))
         except ValueError as error:
             if "colorspace" not in str(error).lower():
                 raise ValueError(f"the JPEG does not decode ({error})") from None
-    return _pixels(np.array(_open_with_pillow(data)))
+    with _opened(data) as image:
+        return _pixels(np.array(ImageOps.exif_transpose(image).convert("RGB")))
 
 
-def _open_with_pillow(data: bytes) -> Image.Image:
+def _is_upright(data: bytes) -> bool:
+    if data.find(b"Exif\0\0", 0, _EXIF_WITHIN) < 0:
+        return True
+    with _opened(data) as image:  # reads the headers alone
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image that decodes ({error})") from None
 

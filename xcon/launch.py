@@ -2,10 +2,13 @@
 
 import math
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
+from torch.optim import Optimizer
 
 
 def native_precision() -> str:
@@ -71,3 +74,11 @@ def make_accelerator(
         settings["torch_autocast"] = {"enabled": dtype is not None, "dtype": dtype or "bfloat16"}
         settings["bf16"] = settings["fp16"] = {"enabled": False}
     return accelerator
+
+
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+    """`accelerator.prepare`, for every strategy."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Its first broadcast reads parameters as flat bytes, which channels_last weights are not.
+        module.to(memory_format=torch.contiguous_format)
+    return accelerator.prepare(module, optimizer)

@@ -62,7 +62,7 @@ def train() -> None:
     # Optimiser
     rates = {"image": cfg.image_lr, "text": cfg.text_lr, "meta": cfg.meta_lr, "head": cfg.head_lr}
     optimizer = optim.make_optimizer(contrastive, rates, weight_decay=cfg.weight_decay)
-    wrapped, optimizer = accelerator.prepare(contrastive, optimizer)
+    wrapped, optimizer = launch.prepare(accelerator, contrastive, optimizer)
     total = cfg.epochs * order.steps_per_epoch
     warmup = round(cfg.warmup_epochs * order.steps_per_epoch)
 
