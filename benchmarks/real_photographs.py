@@ -4,8 +4,9 @@
 
 BIRDS37 is a folder in the layout of NABirds with `nabirds_with_loc_2019.json` in it; the weights are those of
 `timm.create_model("mobilenetv2_100", pad_type="same")`. Two runs at a time, one thread each; a run that is there
-already is not run again. The systems differ in their method alone: backbone, crops, epochs of fine-tuning and
-learning rates are those of the recipe `laptop`.
+already is not run again. The systems differ in their method alone: backbone, crops and learning rates are those of
+the recipe `laptop`; every system sees each photograph 16 times: 10 in pre-training and 6 in fine-tuning, or all
+16 in fine-tuning where there is no pre-training.
 """
 
 import dataclasses
@@ -19,8 +20,11 @@ from pathlib import Path
 
 import tyro
 
+from xcon import config
+
 BIN = Path(sys.executable).parent
 FULL, CLIP = "pretrain", "pretrain-clip"
+EPOCHS = config.PRETRAIN["laptop"][1].epochs + config.FINETUNE["laptop"][1].epochs
 # name -> (the pre-training it starts from, what the classifier sees)
 SYSTEMS = {
     "image": (None, ["image"]),
@@ -75,7 +79,11 @@ def classify(settings: Settings, shards: Path, name: str, seed: int) -> None:
     """One fine-tuning and its evaluation."""
     init, modalities = SYSTEMS[name]
     out = settings.out / f"{name}-{seed}"
-    start = ["--init", settings.out / f"{init}-{seed}"] if init else ["--image-weights", settings.weights]
+    start = (
+        ["--init", settings.out / f"{init}-{seed}"]
+        if init
+        else ["--image-weights", settings.weights, "--epochs", str(EPOCHS)]
+    )
     run("xcon", "finetune", "laptop", *common(shards, out, seed), "--modalities", *modalities, *start)
     run("xcon", "predict", out, "--shards", shards, "--workers", "0")
 

@@ -1,9 +1,9 @@
 """`xcon-shards`: builds, verifies and describes shard sets.
 
-    xcon-shards build nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out shards/nabirds
+    xcon-shards build nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out data/nabirds
     xcon-shards build synthetic --out shards/synthetic
-    xcon-shards verify shards/nabirds
-    xcon-shards info shards/nabirds
+    xcon-shards verify data/nabirds
+    xcon-shards info data/nabirds
 
 Exit status: 0 all was done; 2 wrong usage or input, with one line that says what and where; 130 interrupted.
 """
@@ -33,8 +33,8 @@ PROG = "xcon-shards"
 class Packing:
     """What every source is told."""
 
-    out: Path
-    """Folder of the new shard set."""
+    out: Path | None = None
+    """Folder of the new shard set; needed but for a dry run."""
     size: int = 384
     """Shorter side of a photograph in the shards, pixels; smaller ones keep their bytes."""
     quality: int = 90
@@ -144,6 +144,8 @@ def _build(source: NABirds | Synthetic, console: Console) -> None:
             _show(build.describe(_plan(source, Path(name), spool, console)), console)
         console.print("dry run: nothing was written")
         return
+    if source.out is None:
+        raise ValueError("--out DIR is needed, the folder of the new shard set; or --dry-run")
     start = time.monotonic()
     with build.workspace(source.out) as folder, _spool(folder) as spool:
         plan = _plan(source, folder, spool, console)

@@ -26,9 +26,7 @@ class Towers(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            self.towers = nn.ModuleDict(
-                {m: nn.Linear(WIDTH, EMBEDDING, dtype=torch.float64) for m in MODALITIES}
-            )
+            self.towers = nn.ModuleDict({m: nn.Linear(WIDTH, EMBEDDING, dtype=torch.float64) for m in MODALITIES})
         self.log_scale = nn.Parameter(torch.tensor(2.5, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -100,9 +98,7 @@ def squares(rank: int, world_size: int) -> dict[str, Tensor]:
             "weight": torch.tensor([weight for *_, weight in items]),
             "label": torch.tensor([index % 3 for _, index, _ in items]),
         }
-        for items in order.local_batches(
-            steps=range(order.steps_per_epoch), rank=rank, world_size=world_size
-        )
+        for items in order.local_batches(steps=range(order.steps_per_epoch), rank=rank, world_size=world_size)
     ]
     return evaluation.collect(
         batches,

@@ -74,7 +74,7 @@ def test_gray_becomes_three_equal_channels() -> None:
 
 def test_cmyk_jpeg_is_as_pillow_converts_it() -> None:
     data = encoded(photograph().convert("CMYK"), "JPEG", quality=95)
-    assert np.array_equal(decoded(data), by_pillow(data))
+    assert np.abs(decoded(data) - by_pillow(data)).max() <= 1
     assert np.abs(decoded(data) - np.asarray(photograph())).mean() < 5
 
 
@@ -127,7 +127,9 @@ def test_a_jpeg_with_a_hole_is_refused() -> None:
         images.decode(data[:half] + data[-2:])
 
 
-@pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff\xd9", b"\xff\xd8Exif\0\0\xff\xd9", b"<html></html>"])
+@pytest.mark.parametrize(
+    "data", [b"", b"GIF89a", b"\xff\xd8\xff\xd9", b"\xff\xd8Exif\0\0\xff\xd9", b"<html></html>"]
+)
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="decode"):
         images.decode(data)

@@ -224,9 +224,21 @@ def test_any_batch_equals_the_reference_and_is_bounded_below_by_entropy(case: tu
         ({"image": torch.eye(3)}, {}, "two modalities or more"),
         ({"image": torch.eye(3), "meta": torch.eye(4)}, {}, r"meta: vectors are \[4, 4\], \[3, D\] is needed"),
         ({"image": torch.eye(3), "meta": torch.ones(3)}, {}, r"meta: vectors are \[3\]"),
-        ({"image": torch.eye(3), "meta": torch.ones(3, 2)}, {}, r"meta: vectors are \[3, 2\], the others \[3, 3\]"),
-        ({"image": torch.eye(3), "meta": torch.eye(3)}, {"meta": torch.ones(4).bool()}, r"meta: its mask is \[4\]"),
-        ({"image": torch.eye(3), "meta": torch.eye(3)}, {"meta": torch.ones(3)}, "meta: its mask is .* bool is needed"),
+        (
+            {"image": torch.eye(3), "meta": torch.ones(3, 2)},
+            {},
+            r"meta: vectors are \[3, 2\], the others \[3, 3\]",
+        ),
+        (
+            {"image": torch.eye(3), "meta": torch.eye(3)},
+            {"meta": torch.ones(4).bool()},
+            r"meta: its mask is \[4\]",
+        ),
+        (
+            {"image": torch.eye(3), "meta": torch.eye(3)},
+            {"meta": torch.ones(3)},
+            "meta: its mask is .* bool is needed",
+        ),
         ({"image": torch.eye(3), "meta": torch.eye(3)}, {"mate": torch.ones(3).bool()}, "a mask for mate"),
     ],
 )

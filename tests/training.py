@@ -41,10 +41,10 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(script: str, *argv: str | Path, processes: int = 2) -> None:
-    """Launches an entry script by path in several processes; port 0 is a free one."""
-    launch = [BIN / "torchrun", "--nproc_per_node", str(processes), "--master_port", "0", f"xcon/{script}.py"]
+    """Launches an entry script by path in several processes of this machine."""
+    launch = [BIN / "torchrun", "--nproc_per_node", str(processes), "--standalone", f"xcon/{script}.py"]
     done = subprocess.run(
-        [*launch, *argv], cwd=ROOT, env=environment(), text=True, capture_output=True, check=False
+        [*launch, *argv], cwd=ROOT, env=environment(), text=True, capture_output=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -53,9 +53,7 @@ def lines(run_folder: Path, event: str | None = None) -> list[dict[str, Any]]:
     """The lines of a run's log, or those of one event, without what differs between two equal runs."""
     text = (run_folder / "metrics.jsonl").read_text(encoding="utf-8")
     every = [json.loads(line) for line in text.splitlines()]
-    return [
-        {k: v for k, v in line.items() if k != "timing"} for line in every if event in (None, line["event"])
-    ]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in every if event in (None, line["event"])]
 
 
 def largest_deviation(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> dict[str, float]:

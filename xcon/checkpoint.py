@@ -42,6 +42,10 @@ class Position:
             return dataclasses.replace(self, best=score, since_best=0)
         return dataclasses.replace(self, since_best=self.since_best + 1)
 
+    def exhausted(self, patience: int) -> bool:
+        """Whether training stops early: `patience` validations, not 0, without a better result."""
+        return 0 < patience <= self.since_best
+
 
 class Checkpoints:
     """The checkpoints of one run.
@@ -79,6 +83,9 @@ class Checkpoints:
         partial = self.folder / f".step-{step}.partial"
         try:
             self.accelerator.save_state(str(partial))
+            if self.accelerator.is_main_process:
+                state = {**dataclasses.asdict(position), "processes": self.accelerator.num_processes}
+                (partial / "state.json").write_text(json.dumps(state) + "\n")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
@@ -87,8 +94,6 @@ class Checkpoints:
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {**dataclasses.asdict(position), "processes": self.accelerator.num_processes}
-            (partial / "state.json").write_text(json.dumps(state) + "\n")
             partial.replace(self.folder / f"step-{step}")
             for old in self.whole()[:-KEPT]:
                 shutil.rmtree(old)

@@ -157,10 +157,9 @@ class PretrainConfig(TrainConfig):
 
     @property
     def method(self) -> str:
-        """A short name for tables."""
-        if self.matching == "diagonal":
-            return "clip" if self.modalities == ("image", "text") else f"clip ({'+'.join(self.modalities)})"
-        return f"cross-contrastive ({'+'.join(self.modalities)})"
+        """A short name for tables: the loss and, where they are not its usual ones, the modalities."""
+        name, usual = ("clip", ("image", "text")) if self.matching == "diagonal" else ("xcon", MODALITIES)
+        return name if set(self.modalities) == set(usual) else f"{name} ({' + '.join(self.modalities)})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +189,21 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: a share in [0, 1) is needed")
         if self.hidden < 1:
             raise ValueError(f"--hidden {self.hidden}: at least 1 is needed")
+
+
+def check_patience(settings: TrainConfig, *, validation: bool) -> None:
+    """Raises ValueError where early stopping is asked for and there is nothing to stop on."""
+    if settings.patience and not validation:
+        raise ValueError(f"--patience {settings.patience}: {settings.shards} has no validation split to stop on")
+
+
+def check_used(settings: TrainConfig, recipe: TrainConfig) -> None:
+    """Raises ValueError where a setting of a modality was given that does not take part."""
+    for field in dataclasses.fields(settings):
+        modality = field.name.split("_")[0]
+        given = getattr(settings, field.name) != getattr(recipe, field.name)
+        if given and modality in MODALITIES and modality not in settings.modalities:
+            raise ValueError(f"{flag(field.name)}: unused, --modalities is {' '.join(settings.modalities)}")
 
 
 Train = TypeVar("Train", bound=TrainConfig)
@@ -232,7 +246,7 @@ PRETRAIN: dict[str, tuple[str, PretrainConfig]] = {
         Command: xcon pretrain laptop --shards birds37 --image-weights FILE --out runs/laptop
         Expected: the README's table of real photographs.""",
         PretrainConfig(
-            **_LAPTOP, text_model="small-distilbert", epochs=15, text_lr=3e-4, meta_lr=1e-3, image_lr=3e-4,
+            **_LAPTOP, text_model="small-distilbert", epochs=10, text_lr=3e-4, meta_lr=1e-3, image_lr=3e-4,
             temperature=0.07,
         ),
     ),
@@ -263,7 +277,7 @@ FINETUNE: dict[str, tuple[str, FinetuneConfig]] = {
         """Classification at a size for two cores; --modalities image for the image alone.
         Command: xcon finetune laptop --shards birds37 --init runs/laptop --out runs/laptop-classifier
         Expected: the README's table of real photographs.""",
-        FinetuneConfig(**_LAPTOP, epochs=20, meta_lr=1e-3, image_lr=3e-4, dropout=0.2, label_smoothing=0.1),
+        FinetuneConfig(**_LAPTOP, epochs=6, meta_lr=1e-3, image_lr=3e-4, dropout=0.2, label_smoothing=0.1),
     ),
     "demo": (
         """Classification of the synthetic set; --modalities image for the image alone.
@@ -296,7 +310,9 @@ def parse_recipe(recipes: Mapping[str, tuple[str, Any]], program: str) -> tuple[
     elif name and not name.startswith("-") and name not in recipes:
         raise ValueError(f"no recipe {name!r}: one of {', '.join(recipes)}, or the config.json of a run")
     with one_line_errors(program):
-        return name, tyro.extras.overridable_config_cli(choices, prog=program, args=arguments)
+        settings = tyro.extras.overridable_config_cli(choices, prog=program, args=arguments)
+    check_used(settings, choices[name][1])
+    return name, settings
 
 
 def read_config(file: Path, kind: type[Train]) -> Train:

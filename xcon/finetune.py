@@ -43,6 +43,7 @@ def train() -> None:
 
     # Data
     shards = ShardSet(cfg.shards)
+    config.check_patience(cfg, validation=shards.has("val"))
     order = Order(len(shards.split("train")), cfg.batch_size, cfg.seed)
 
     # Model
@@ -73,7 +74,7 @@ def train() -> None:
     # Resume
     checkpoints = Checkpoints(cfg.out, accelerator)
     at = checkpoints.restore()
-    batches = make_loader(records, order, share, steps=range(at.step, total))
+    batches = make_loader(records, order, share, steps=range(at.step, at.step if at.exhausted(cfg.patience) else total))
     tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
@@ -111,7 +112,7 @@ def train() -> None:
         if at.step % cfg.checkpoint_every == 0:
             checkpoints.save(at)
         tracker.advance(at.step)
-        if cfg.patience and at.since_best >= cfg.patience:
+        if at.exhausted(cfg.patience):
             break
 
     # The result: the weights of the best held-out result; without a validation split, the last
@@ -173,6 +174,14 @@ def check_fits(cfg: FinetuneConfig, init: Path, begun: ModelSpec, card: Card) ->
     if begun.image and cfg.image_backbone not in (None, begun.image.backbone):
         raise ValueError(
             f"--image-backbone {cfg.image_backbone}: --init {init} was pre-trained with {begun.image.backbone}"
+        )
+    if (
+        begun.image
+        and cfg.image_options
+        and {n: str(v) for n, v in begun.image.options.items()} != cfg.image_options
+    ):
+        raise ValueError(
+            f"--image-options: --init {init} was pre-trained with {dict(begun.image.options) or 'none'}"
         )
     if cfg.image_weights not in (None, "none"):
         raise ValueError(f"--image-weights {cfg.image_weights}: unused, the weights come from --init {init}")

@@ -6,6 +6,7 @@ Pixels stay uint8 until they are on the device: `encoders.ImageEncoder` normalis
 import contextlib
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ def train_transform(spec: ImageSpec, *, crop_scale: float) -> Transform:
 
 
 def eval_transform(spec: ImageSpec) -> Transform:
-    """The shorter side scaled to `size / crop_pct`, then the central square of `size`."""
+    """The shorter side scaled to `size / crop_pct` (rounded down, as in timm), then the central square."""
     mode = InterpolationMode(spec.interpolation)
-    resize = v2.Resize(round(spec.size / spec.crop_pct), interpolation=mode, antialias=True)
+    resize = v2.Resize(math.floor(spec.size / spec.crop_pct), interpolation=mode, antialias=True)
     return v2.Compose([resize, v2.CenterCrop(spec.size)])

@@ -114,7 +114,7 @@ def make_loader(records: Records, order: Order, share: Share, *, steps: range) -
         share: of this process; the number of processes divides the order's batch size.
         steps: counted from the start of training, so that a resumed run gives those that remain.
     """
-    return DataLoader(
+    return _Loader(
         records,
         batch_sampler=_Batches(order, share, steps),
         num_workers=share.workers,
@@ -122,6 +122,17 @@ def make_loader(records: Records, order: Order, share: Share, *, steps: range) -
         prefetch_factor=4 if share.workers else None,
         generator=torch.Generator(),  # its own, so that starting a loader does not move the global one
     )
+
+
+class _Loader(DataLoader[Batch]):
+    """A DataLoader that passes on what a worker says of a record without the worker's traceback."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except (ValueError, OSError) as error:
+            # torch raises it again as "Caught ValueError in DataLoader worker ...", the message last.
+            raise type(error)(str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()) from error
 
 
 def evaluation_loader(records: Records, share: Share, *, batch_size: int) -> DataLoader[Batch]:

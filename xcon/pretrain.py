@@ -38,16 +38,17 @@ def train() -> None:
 
     # Data
     shards = ShardSet(cfg.shards)
+    config.check_patience(cfg, validation=shards.has("val"))
     order = Order(len(shards.split("train")), cfg.batch_size, cfg.seed)
-    facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
-    if open_run(cfg, accelerator, **facts):
-        accelerator.print(f"{cfg.out}: this run is complete")
-        return
 
     # Model
     set_seed(cfg.seed)
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
         towers, tokenizer = build_towers(cfg, shards)
+    facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
+    if open_run(cfg, accelerator, **facts):
+        accelerator.print(f"{cfg.out}: this run is complete")
+        return
     contrastive = ContrastiveModel(towers, temperature=cfg.temperature, max_scale=cfg.max_scale)
     spec = ModelSpec(
         kind="contrastive", method=cfg.method, embed_dim=cfg.embed_dim, hidden=None,
@@ -69,7 +70,7 @@ def train() -> None:
     # Resume
     checkpoints = Checkpoints(cfg.out, accelerator)
     at = checkpoints.restore()
-    batches = make_loader(records, order, share, steps=range(at.step, total))
+    batches = make_loader(records, order, share, steps=range(at.step, at.step if at.exhausted(cfg.patience) else total))
     tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
@@ -91,13 +92,8 @@ def train() -> None:
         if at.step % cfg.log_every == 0:
             values = {name: term.item() for name, term in terms.items()}
             launch.check_finite(values["total"], at.step)
-            if tracker:
-                values |= {
-                    "scale": scale.item(),
-                    "grad_norm": float(norm),
-                    "epoch": at.step / order.steps_per_epoch,
-                }
-                tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
+            values |= {"scale": scale.item(), "grad_norm": float(norm), "epoch": at.step / order.steps_per_epoch}
+            tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
         if at.step % order.steps_per_epoch == 0 and shards.has("val"):
             held_out = validate(
                 wrapped, cfg, spec, shards=shards, tokens=tokens, share=share, device=accelerator.device
@@ -109,7 +105,7 @@ def train() -> None:
         if at.step % cfg.checkpoint_every == 0:
             checkpoints.save(at)
         tracker.advance(at.step)
-        if cfg.patience and at.since_best >= cfg.patience:
+        if at.exhausted(cfg.patience):
             break
 
     # The result: the weights of the best held-out result; without a validation split, the last

@@ -138,14 +138,15 @@ class Tracker(Silent):
 
 
 def _keep_until(log: Path, step: int) -> None:
-    """Drops the lines of steps after the checkpoint that a run is resumed from; all, without a checkpoint."""
+    """Drops what a resumed run writes again: the steps after its checkpoint (all, without one) and the end."""
     if not log.exists():
         return
     if step == 0:
         log.unlink()
         return
     whole = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    facts = [json.loads(line) for line in whole]
+    kept = [text for text, line in zip(whole, facts, strict=True) if line["step"] <= step and line["event"] != "end"]
     partial = log.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(log)
