@@ -254,7 +254,7 @@ PRETRAIN: dict[str, tuple[str, PretrainConfig]] = {
         """The paper's method on the synthetic set of `make demo`: a minute on two cores.
         Command: accelerate launch xcon/pretrain.py demo --shards demo/shards --out demo/pretrain
         Expected: the held-out captions are found for most of the photographs.""",
-        PretrainConfig(**_DEMO, text_model="small-distilbert", epochs=12, text_lr=5e-4, temperature=0.07),
+        PretrainConfig(**_DEMO, text_model="small-distilbert", epochs=10, text_lr=5e-4, temperature=0.07),
     ),
 }  # fmt: skip
 
@@ -283,7 +283,7 @@ FINETUNE: dict[str, tuple[str, FinetuneConfig]] = {
         """Classification of the synthetic set; --modalities image for the image alone.
         Command: xcon finetune demo --shards demo/shards --init demo/pretrain --out demo/finetune
         Expected: image alone about one look-alike in three right, image and meta most of them.""",
-        FinetuneConfig(**_DEMO, epochs=8),
+        FinetuneConfig(**_DEMO, epochs=6),
     ),
 }
 
