@@ -23,7 +23,7 @@ def test_vocabulary_by_hand() -> None:
 def test_vocabulary_does_not_depend_on_the_order_of_the_captions() -> None:
     expected = captions.build_tokenizer(BIRDS).get_vocab()
     for seed in range(5):
-        shuffled = random.Random(seed).sample(BIRDS, k=3) + [BIRDS[seed % 3]]
+        shuffled = [*random.Random(seed).sample(BIRDS, k=3), BIRDS[seed % 3]]
         assert captions.build_tokenizer(shuffled).get_vocab() == expected
 
 

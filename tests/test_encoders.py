@@ -98,8 +98,8 @@ def test_without_metadata_in_the_file_timms_statistics_stay(tmp_path: Path) -> N
 
 
 def test_options_are_read_as_json_where_they_are_json() -> None:
-    encoder = encoders.build_image("test_vit", {"img_size": "32", "pool_type": "avg"}, weights="none", size=32)
-    assert encoder.spec.options == {"img_size": 32, "pool_type": "avg"}
+    encoder = encoders.build_image("test_vit", {"img_size": "32", "global_pool": "avg"}, weights="none", size=32)
+    assert encoder.spec.options == {"img_size": 32, "global_pool": "avg"}
 
 
 def test_the_spec_rebuilds_the_encoder() -> None:
@@ -116,7 +116,12 @@ def test_the_spec_rebuilds_the_encoder() -> None:
         ("test_resnet", {"no_such_option": "1"}, "none", "--image-backbone test_resnet: timm refuses it"),
         ("test_resnet", {}, "missing.safetensors", "--image-weights .*missing.safetensors: no such file"),
         ("test_resnet", {}, "text.safetensors", "--image-weights .*text.safetensors: not a safetensors file"),
-        ("test_vit", {}, "weights.safetensors", r"not weights of this network, it has no \w+ \(\d+ of \d+ tensors"),
+        (
+            "test_vit",
+            {},
+            "weights.safetensors",
+            r"not weights of this network, it has no \w+ \(\d+ of \d+ tensors",
+        ),
         ("test_byobnet", {}, "imagenet", "ImageNet weights of test_byobnet are not in the local cache"),
     ],
 )
@@ -190,7 +195,9 @@ def test_there_is_no_dropout_in_training(text: tuple[TextEncoder, Tensor]) -> No
 
 
 def test_all_parameters_learn_also_those_of_a_model_with_a_pooler() -> None:
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
     encoder = TextEncoder(TextSpec(config.to_dict(), 0, "cls"), BertModel(config)).train()
     tokens = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
     assert torch.equal(encoder(tokens), encoder(tokens))
@@ -217,19 +224,30 @@ def test_a_folder_with_a_model_is_read(text: tuple[TextEncoder, Tensor], tmp_pat
 
 def test_a_text_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for name in ("nobody/no-such-model", str(tmp_path), str(tmp_path / "missing")):
-        with pytest.raises((FileNotFoundError, ValueError), match=f"--text-model {name}: no folder with a model"):
+        with pytest.raises(FileNotFoundError, match=f"--text-model {name}: no folder with a model"):
             encoders.build_text(name, BIRDS)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     captions.build_tokenizer(BIRDS).save_pretrained(tmp_path)
-    with pytest.raises((FileNotFoundError, ValueError), match="--text-model"):
+    with pytest.raises(FileNotFoundError, match=f"--text-model {tmp_path}: no folder with a model"):
+        encoders.build_text(str(tmp_path), BIRDS)
+
+
+def test_a_folder_with_damaged_weights_is_refused(text: tuple[TextEncoder, Tensor], tmp_path: Path) -> None:
+    text[0].network.save_pretrained(tmp_path)
+    captions.build_tokenizer(BIRDS).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"--text-model {tmp_path}: its weights are damaged"):
         encoders.build_text(str(tmp_path), BIRDS)
 
 
 def test_captions_too_long_for_the_model_are_refused() -> None:
     """70 words, [CLS] and [SEP] are 72 tokens."""
-    with pytest.raises(ValueError, match="the longest caption has 72 tokens, --text-model small-distilbert takes 64"):
+    with pytest.raises(
+        ValueError, match="the longest caption has 72 tokens, --text-model small-distilbert takes 64"
+    ):
         encoders.build_text("small-distilbert", ["bird " * 70])
 
 

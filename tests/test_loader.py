@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from xcon import captions, images
@@ -298,8 +299,6 @@ def test_a_split_that_is_not_there_is_refused(shards: ShardSet) -> None:
 
 def test_the_photographs_of_the_set_are_jpegs_of_their_size(tiny_shards: Path) -> None:
     """What `describe` and the index say of a record, read by Pillow."""
-    from PIL import Image
-
     whole = ShardSet(tiny_shards).split("val")
     record = members(tiny_shards, "val")[0]
     facts = json.loads(record["json"])

@@ -15,7 +15,14 @@ from xcon.model import ContrastiveModel, ModelSpec, Tower
 
 BIRDS = ("A photo of a Barn Owl", "A photo of an Osprey")
 CLASSES = tuple(
-    {"class_id": i, "raw_class_id": raw, "name": name, "scientific_name": None, "hierarchy": ["Birds"], "counts": {}}
+    {
+        "class_id": i,
+        "raw_class_id": raw,
+        "name": name,
+        "scientific_name": None,
+        "hierarchy": ["Birds"],
+        "counts": {},
+    }
     for i, (raw, name) in enumerate([(81, "Barn Owl"), (295, "Osprey")])
 )
 
@@ -138,7 +145,9 @@ def test_one_tower_can_be_loaded_alone(run: Path) -> None:
 
 
 def test_a_model_of_another_kind_is_refused(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"a contrastive model \(xcon pretrain\), here one of xcon finetune is needed"):
+    with pytest.raises(
+        ValueError, match=r"a contrastive model \(xcon pretrain\), here one of xcon finetune is needed"
+    ):
         model.load_spec(run, kind="classifier")
 
 
@@ -159,7 +168,10 @@ def edit(name: str, old: str, new: str):
         (lambda run: (run / "model.json").write_text("[1]"), "model.json: a JSON object is needed"),
         (edit("model.json", '"kind"', '"king"'), "model.json: not a model of this version of xcon"),
         (edit("model.json", '"backbone"', '"back"'), "model.json: not a model of this version of xcon"),
-        (edit("model.json", '"contrastive"', '"other"'), "a other model|another kind|not a model"),
+        (
+            edit("model.json", '"contrastive"', '"other"'),
+            "a other model .unknown., here one of xcon pretrain is needed",
+        ),
     ],
 )
 def test_a_damaged_spec_is_refused(run: Path, spoil, message: str) -> None:
@@ -177,7 +189,7 @@ def test_no_folder_is_no_run(tmp_path: Path) -> None:
 def test_damaged_weights_are_refused(run: Path, kept: int) -> None:
     path = run / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="model.safetensors: damaged, or weights of another model"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or weights of another model"):
         model.load_weights(run, contrastive())
 
 
@@ -185,5 +197,5 @@ def test_weights_of_another_model_are_refused(run: Path) -> None:
     with pytest.raises(ValueError, match="damaged, or weights of another model"):
         model.load_weights(run, Tower(MetaEncoder(MetaSpec(9, 1)), 16), prefix="towers.meta.")
     (run / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model.safetensors: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
         model.load_weights(run, contrastive())

@@ -23,7 +23,8 @@ def main() -> None:
         sys.stderr.write(f"xcon: no command {name!r}: one of {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
     sys.argv = [f"xcon {name}", *sys.argv[2:]]
-    runpy.run_module(COMMANDS[name], run_name="__main__")
+    # As `python -m` does: tyro finds the help texts in the source of what is __main__.
+    runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

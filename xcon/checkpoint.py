@@ -1,8 +1,8 @@
 """Checkpoints: saved whole or not at all, resumed exactly.
 
 `checkpoints/step-N/` holds what Accelerate saves of every process (weights, optimiser, loss scaler, random
-states) and `state.json`, the position of the run. The order of records needs no saving: it is a function of
-the step (`sampler.Order`).
+states) and `state.json`, the position of the run and the sizes of those files. The order of records needs no
+saving: it is a function of the step (`sampler.Order`).
 """
 
 import dataclasses
@@ -83,9 +83,6 @@ class Checkpoints:
         partial = self.folder / f".step-{step}.partial"
         try:
             self.accelerator.save_state(str(partial))
-            if self.accelerator.is_main_process:
-                state = {**dataclasses.asdict(position), "processes": self.accelerator.num_processes}
-                (partial / "state.json").write_text(json.dumps(state) + "\n")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
@@ -94,6 +91,15 @@ class Checkpoints:
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            state = {
+                **dataclasses.asdict(position),
+                "processes": self.accelerator.num_processes,
+                "sizes": {
+                    str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()
+                },
+            }
+            with atomic_write(partial / "state.json") as file:
+                file.write((json.dumps(state) + "\n").encode())
             partial.replace(self.folder / f"step-{step}")
             for old in self.whole()[:-KEPT]:
                 shutil.rmtree(old)
@@ -118,6 +124,9 @@ class Checkpoints:
                 f"{newest}: saved by {state['processes']} processes, resumed by {self.accelerator.num_processes}: "
                 "launch as many as before"
             )
+        for name, size in state["sizes"].items():  # Accelerate goes on without random states that it cannot read
+            if not (newest / name).is_file() or (newest / name).stat().st_size != size:
+                raise ValueError(f"{newest}: {name} is damaged; remove the folder to resume from the one before")
         try:
             self.accelerator.load_state(str(newest))
         except (OSError, RuntimeError, SafetensorError, EOFError) as error:

@@ -18,7 +18,8 @@ class Classifier(nn.Module):
     A row without metadata takes a learned "absent" vector in place of its metadata embedding.
 
     Args:
-        towers: modality -> tower, in the order of concatenation.
+        towers: modality -> tower, `image` or `meta` or both. Whatever their order here, the image's embedding
+            comes first, so that a saved model is rebuilt as it was trained.
         embed_dim: D.
         hidden: width of the hidden layer.
         classes: C.
@@ -29,7 +30,7 @@ class Classifier(nn.Module):
         self, towers: Mapping[str, Tower], *, embed_dim: int, hidden: int, classes: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.towers = nn.ModuleDict(towers)
+        self.towers = nn.ModuleDict({m: towers[m] for m in ("image", "meta") if m in towers})
         if "meta" in towers:
             self.absent = nn.Parameter(torch.zeros(embed_dim))
         self.head = nn.Sequential(

@@ -151,6 +151,8 @@ class PretrainConfig(TrainConfig):
             )
         if not self.temperature > 0 or 1 / self.temperature > self.max_scale:
             raise ValueError(f"--temperature {self.temperature}: 1/temperature lies in (0, {self.max_scale}]")
+        if not self.text_lr >= 0:
+            raise ValueError(f"--text-lr {self.text_lr}: no negative number is meant here")
         for name in ("embed_dim", "meta_width", "meta_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: at least 1 is needed")
@@ -326,8 +328,11 @@ def read_config(file: Path, kind: type[Train]) -> Train:
     fields = {f.name: f.type for f in dataclasses.fields(kind)}
     if missing := [n for n in fields if n not in values]:
         raise ValueError(f"{file}: not a config of this command, {flag(missing[0])} is missing")
-    paths = {n: Path(values[n]) for n in ("shards", "out", "init") if values.get(n) is not None}
-    return kind(**{**{n: values[n] for n in fields}, "modalities": tuple(values["modalities"]), **paths})
+    try:
+        paths = {n: Path(values[n]) for n in ("shards", "out", "init") if values.get(n) is not None}
+        return kind(**{**{n: values[n] for n in fields}, "modalities": tuple(values["modalities"]), **paths})
+    except TypeError as error:
+        raise ValueError(f"{file}: a value of the wrong kind ({error})") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -50,6 +50,18 @@ class ImageEncoder(nn.Module):
         self.width = int(network.head_hidden_size)  # not num_features: some have a layer after the pooling
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(3, 1, 1), persistent=False)
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Raises ValueError where the network does not take photographs of this size: found out by trying."""
+        blank = torch.zeros(1, 3, self.spec.size, self.spec.size)
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                self.network(blank)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"--image-size {self.spec.size}: {self.spec.backbone} refuses it ({error})") from None
+        self.network.train()
 
     def forward(self, photos: Tensor) -> Tensor:
         """Features of photographs.
@@ -200,8 +212,8 @@ def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrained
         texts: the captions of the shard set.
 
     Raises:
-        FileNotFoundError: neither a folder nor in the cache nor on the hub.
-        ValueError: a folder without a model, or a tokenizer that cannot pad.
+        FileNotFoundError: neither a folder with a model nor in the cache nor on the hub.
+        ValueError: damaged weights, a tokenizer that cannot pad, or captions too long for the model.
     """
     if name == SMALL_TEXT:
         tokenizer: PreTrainedTokenizerBase = captions.build_tokenizer(texts)
@@ -214,7 +226,9 @@ def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrained
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             network = AutoModel.from_pretrained(name, use_safetensors=True)
-        except OSError:
+        except SafetensorError as error:
+            raise ValueError(f"--text-model {name}: its weights are damaged ({error})") from None
+        except (OSError, ValueError):  # ValueError: a folder with something else in it
             raise FileNotFoundError(
                 f"--text-model {name}: no folder with a model, not in the local cache, and the hub cannot be "
                 f"reached or has no such model; fetch it where there is a network, or take {SMALL_TEXT}"

@@ -5,6 +5,7 @@ in degrees and the fraction of the year (NaN where unknown), and beside the moda
 `index` `[b]` the records' numbers in their split, `weight` `[b]`, 0 for rows that only fill up the last batch.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -76,18 +77,15 @@ class Records(Dataset[Batch]):
         return self.transform(pixels).contiguous()
 
 
-class _draws_of:  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def _draws_of(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seeds torch's default generator for one record, and puts it back."""
-
-    def __init__(self, seed: int, epoch: int, index: int) -> None:
-        self.seed = int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> 1)
-
-    def __enter__(self) -> None:
-        self.before = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.default_generator.set_state(self.before)
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +130,10 @@ class _Loader(DataLoader[Batch]):
             yield from super().__iter__()
         except (ValueError, OSError) as error:
             # torch raises it again as "Caught ValueError in DataLoader worker ...", the message last.
-            raise type(error)(str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()) from error
+            wrapper, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
+            if not wrapper:
+                raise
+            raise type(error)(message.strip()) from None
 
 
 def evaluation_loader(records: Records, share: Share, *, batch_size: int) -> DataLoader[Batch]:

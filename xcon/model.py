@@ -162,9 +162,8 @@ def load_spec(run: Path, *, kind: str) -> ModelSpec:
         raise ValueError(f"{path}: not a model of this version of xcon ({error})") from None
     if spec.kind != kind:
         made_by = {"contrastive": "xcon pretrain", "classifier": "xcon finetune"}
-        raise ValueError(
-            f"{run}: a {spec.kind} model ({made_by[spec.kind]}), here one of {made_by[kind]} is needed"
-        )
+        maker = made_by.get(spec.kind, "unknown")
+        raise ValueError(f"{run}: a {spec.kind} model ({maker}), here one of {made_by[kind]} is needed")
     return spec
 
 

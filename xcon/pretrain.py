@@ -70,7 +70,8 @@ def train() -> None:
     # Resume
     checkpoints = Checkpoints(cfg.out, accelerator)
     at = checkpoints.restore()
-    batches = make_loader(records, order, share, steps=range(at.step, at.step if at.exhausted(cfg.patience) else total))
+    steps = range(0) if at.exhausted(cfg.patience) else range(at.step, total)
+    batches = make_loader(records, order, share, steps=steps)
     tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})

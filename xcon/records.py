@@ -89,16 +89,21 @@ class Record:
         """Reads a `json` member.
 
         Raises:
-            ValueError: not JSON, a field is missing, or a value is out of its range.
+            ValueError: not a JSON object, a field is missing, or a value is out of its range or of the wrong kind.
         """
         try:
             values = json.loads(data)
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "extra"]
         if missing := [n for n in names if n not in values]:
             raise ValueError(f"fields missing: {', '.join(missing)}")
-        return cls(**{n: values.pop(n) for n in names}, extra=values)
+        try:
+            return cls(**{n: values.pop(n) for n in names}, extra=values)
+        except TypeError as error:
+            raise ValueError(f"a value of the wrong kind ({error})") from None
 
 
 def check_image_id(image_id: str) -> None:

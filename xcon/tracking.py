@@ -145,8 +145,8 @@ def _keep_until(log: Path, step: int) -> None:
         log.unlink()
         return
     whole = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    facts = [json.loads(line) for line in whole]
-    kept = [text for text, line in zip(whole, facts, strict=True) if line["step"] <= step and line["event"] != "end"]
+    facts = zip(whole, map(json.loads, whole), strict=True)
+    kept = [line for line, fact in facts if fact["step"] <= step and fact["event"] != "end"]
     partial = log.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(log)

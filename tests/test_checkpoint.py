@@ -1,0 +1,251 @@
+"""Runs begun, interrupted and resumed: positions by hand, what is refused, the log cut where it resumes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from xcon import checkpoint, tracking
+from xcon.checkpoint import Checkpoints, Position
+from xcon.config import FinetuneConfig, PretrainConfig
+
+FACTS = {"command": "pretrain", "recipe": "demo", "method": "clip", "shards_sha256": "ab"}
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def settings(run: Path, **changes: object) -> PretrainConfig:
+    return PretrainConfig(**{"shards": Path("shards"), "out": run, **changes})
+
+
+# ---- positions
+
+
+def test_positions_by_hand() -> None:
+    """Top-1 first, then the loss, whose sign is turned; a tie is no improvement."""
+    first = Position(step=10).after((0.5, -1.0))
+    assert first == Position(10, (0.5, -1.0), 0)
+    assert first.after((0.5, -1.1)) == Position(10, (0.5, -1.0), 1)
+    assert first.after((0.5, -1.0)) == Position(10, (0.5, -1.0), 1)
+    assert first.after((0.4, -0.1)).after((0.4, -0.1)) == Position(10, (0.5, -1.0), 2)
+    assert first.after((0.4, -0.1)).after((0.5, -0.9)) == Position(10, (0.5, -0.9), 0)
+
+
+# ---- run folders
+
+
+def test_a_run_is_begun_resumed_and_complete(tmp_path: Path, accelerator: Accelerator) -> None:
+    run = tmp_path / "run"
+    assert checkpoint.open_run(settings(run), accelerator, **FACTS) is False
+    saved = json.loads((run / "config.json").read_text())
+    assert {name: saved[name] for name in FACTS} == FACTS
+    assert saved["batch_size"] == 32
+    partial = run / "checkpoints" / ".step-7.partial"
+    partial.mkdir()
+    moved = settings(run, workers=0, checkpoint_every=5, shards=Path("moved"))
+    assert checkpoint.open_run(moved, accelerator, **{**FACTS, "recipe": "run/config.json"}) is False
+    assert not partial.exists()
+    assert json.loads((run / "config.json").read_text()) == saved
+    (run / "model.json").write_text("{}")
+    assert checkpoint.open_run(settings(run), accelerator, **FACTS) is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts", "message"),
+    [
+        ({"epochs": 3}, {}, "other settings .--epochs was 200, now 3.: choose another --out"),
+        ({"image_options": {"a": "b"}}, {}, "--image-options was {}, now {'a': 'b'}"),
+        ({}, {"shards_sha256": "cd"}, "shards_sha256 was ab, now cd"),
+        ({}, {"command": "finetune"}, "command was pretrain, now finetune"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(
+    tmp_path: Path, accelerator: Accelerator, changes: dict, facts: dict, message: str
+) -> None:
+    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        checkpoint.open_run(settings(tmp_path, **changes), accelerator, **{**FACTS, **facts})
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_run_of_another_command_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+    with pytest.raises(ValueError, match="command was pretrain, now finetune"):
+        checkpoint.open_run(
+            FinetuneConfig(shards=Path("shards"), out=tmp_path), accelerator, **{**FACTS, "command": "finetune"}
+        )
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, accelerator: Accelerator) -> None:
+    folder, file = tmp_path / "photos", tmp_path / "file"
+    folder.mkdir()
+    (folder / "bird.jpg").write_bytes(b"")
+    file.write_text("")
+    for path in (folder, file):
+        with pytest.raises(ValueError, match=f"{path}: neither empty nor a run folder: choose another --out"):
+            checkpoint.open_run(settings(path), accelerator, **FACTS)
+    assert [path.name for path in folder.iterdir()] == ["bird.jpg"]
+
+
+def test_an_empty_folder_may_become_a_run(tmp_path: Path, accelerator: Accelerator) -> None:
+    assert checkpoint.open_run(settings(tmp_path), accelerator, **FACTS) is False
+
+
+# ---- checkpoints
+
+
+class Training:
+    """A small model with dropout, trained on noise: its weights depend on every random number drawn."""
+
+    def __init__(self, run: Path) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(run, self.accelerator)
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.accelerator.backward(self.model(torch.randn(5, 4)).square().mean())
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+def test_a_resumed_training_ends_where_the_undisturbed_one_does(tmp_path: Path) -> None:
+    """Weights, moments of AdamW and the random state: six steps, or three, and three more after a resume."""
+    undisturbed = Training(tmp_path)
+    undisturbed.steps(3)
+    undisturbed.checkpoints.save(Position(3, (0.5, -1.0), 2))
+    undisturbed.steps(3)
+    resumed = Training(tmp_path)
+    resumed.steps(1)
+    assert resumed.checkpoints.restore() == Position(3, (0.5, -1.0), 2)
+    resumed.steps(3)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.weights(), undisturbed.weights(), strict=True))
+
+
+def test_without_a_checkpoint_a_run_is_at_its_beginning(tmp_path: Path) -> None:
+    assert Training(tmp_path).checkpoints.restore() == Position(0, None, 0)
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
+    """By number, not by name: 10 comes after 9."""
+    training = Training(tmp_path)
+    for step in (2, 9, 10):
+        training.checkpoints.save(Position(step))
+    (tmp_path / "checkpoints" / ".step-11.partial").mkdir()
+    assert [path.name for path in training.checkpoints.whole()] == ["step-9", "step-10"]
+    assert training.checkpoints.restore().step == 10
+
+
+def test_the_best_weights_are_those_of_their_step(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.steps(1)
+    expected = training.weights()
+    training.checkpoints.save_best(training.model)
+    training.steps(2)
+    found = load_file(training.checkpoints.best)
+    assert all(
+        torch.equal(found[n], e) for (n, _), e in zip(training.model.named_parameters(), expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "state.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, share: float) -> None:
+    training = Training(tmp_path)
+    training.steps(1)
+    training.checkpoints.save(Position(1))
+    path = tmp_path / "checkpoints" / "step-1" / name
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"step-1.*(damaged|not JSON)"):
+        training.checkpoints.restore()
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.checkpoints.save(Position(1))
+    path = tmp_path / "checkpoints" / "step-1" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 4}))
+    with pytest.raises(ValueError, match="saved by 4 processes, resumed by 1"):
+        training.checkpoints.restore()
+
+
+# ---- the log
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_steps(run: Path, *, start: int, steps: range) -> None:
+    tracker = tracking.Tracker(run, step=start, total=10)
+    for step in steps:
+        tracker.write("train", step, {"loss": step / 2}, {"images_per_s": 1.0})
+        tracker.advance(step)
+    tracker.close()
+
+
+def test_a_line_by_hand(tmp_path: Path) -> None:
+    write_steps(tmp_path, start=0, steps=range(4, 5))
+    assert lines(tmp_path) == [{"event": "train", "step": 4, "loss": 2.0, "timing": {"images_per_s": 1.0}}]
+
+
+def test_a_resumed_log_is_cut_at_its_checkpoint(tmp_path: Path) -> None:
+    """Steps 1 to 6 and half a line were written, the checkpoint is of step 4."""
+    write_steps(tmp_path, start=0, steps=range(1, 7))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    write_steps(tmp_path, start=4, steps=range(5, 9))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
+    assert [line["loss"] for line in lines(tmp_path)] == [step / 2 for step in range(1, 9)]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_run_that_begins_again_has_a_new_log(tmp_path: Path) -> None:
+    write_steps(tmp_path, start=0, steps=range(1, 7))
+    write_steps(tmp_path, start=0, steps=range(1, 3))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    write_steps(tmp_path, start=0, steps=range(5, 6))
+    assert "train 5/10" in capfd.readouterr().err
+
+
+def test_the_clock_counts_steps_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a batch takes 3 s, using it 1 s: two steps of 8 rows in 8 s are 2 images/s, 6 of 8 s waited."""
+    now = [0.0]
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
+
+    def batches():
+        for _ in range(2):
+            now[0] += 3
+            yield None
+
+    clock = tracking.Clock()
+    for _ in clock.watch(batches()):
+        now[0] += 1
+    assert clock.lap(8) == {"images_per_s": 2.0, "data_wait": 0.75}
+    now[0] += 2
+    assert clock.lap(8) == {"images_per_s": 0.0, "data_wait": 0.0}
+
+
+def test_every_setting_is_saved(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+    names = {field.name for field in dataclasses.fields(PretrainConfig)}
+    assert set(json.loads((tmp_path / "config.json").read_text())) == names | set(FACTS)

@@ -1,0 +1,232 @@
+"""Recipes against the paper's sentence; settings given back; values that are refused."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from xcon import commandline, config
+from xcon.config import FINETUNE, PRETRAIN, FinetuneConfig, PretrainConfig
+
+# Section 4.2, word for word.
+SENTENCE = (
+    "Batch size = 32 and tau = log(0.007) and trained the networks for 200 epochs. We pre-trained meta, text, and "
+    "image encoder models through AdamW with learning rates 5e-5, 1e-5, and 1e-4."
+)
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, recipes: dict, *arguments: object) -> tuple[str, config.TrainConfig]:
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    return config.parse_recipe(recipes, "xcon test")
+
+
+def pretrain(**changes: object) -> PretrainConfig:
+    return PretrainConfig(**{"shards": Path("shards"), "out": Path("run"), **changes})
+
+
+# ---- recipes
+
+
+def test_the_paper_recipe_has_the_numbers_of_the_sentence_it_quotes() -> None:
+    text, recipe = PRETRAIN["paper"]
+    assert SENTENCE in " ".join(text.split())
+    numbers = [float(number) for number in re.findall(r"\d[\d.]*(?:e-\d)?", SENTENCE.replace("1e-4.", "1e-4"))]
+    assert numbers == [
+        recipe.batch_size, recipe.temperature, recipe.epochs, recipe.meta_lr, recipe.text_lr, recipe.image_lr,
+    ]  # fmt: skip
+
+
+def test_the_paper_recipe_is_the_papers_model() -> None:
+    """Section 3.1: ResNet-50, DistilBERT, vectors of 256; three modalities matched by label."""
+    recipe = PRETRAIN["paper"][1]
+    assert recipe.modalities == ("image", "text", "meta")
+    assert recipe.matching == "label"
+    assert (recipe.image_backbone or "resnet50", recipe.text_model) == ("resnet50", "distilbert-base-uncased")
+    assert recipe.embed_dim == 256
+
+
+def test_the_paper_classifier_is_two_layers_on_512_numbers() -> None:
+    recipe = FINETUNE["paper"][1]
+    assert (recipe.batch_size, recipe.epochs, recipe.modalities) == (32, 200, ("image", "meta"))
+    assert recipe.weight_decay == 0  # "Adam[11] Optimizer is used for fine-tuning"
+    assert len(recipe.modalities) * PRETRAIN["paper"][1].embed_dim == 512
+
+
+def test_clip_is_image_and_text_row_by_row() -> None:
+    """ "only trained on text and image information using two losses": all else as in the paper's recipe."""
+    paper, clip = PRETRAIN["paper"][1], PRETRAIN["clip"][1]
+    assert clip == dataclasses.replace(paper, modalities=("image", "text"), matching="diagonal")
+    assert clip.method == "clip"
+
+
+@pytest.mark.parametrize("recipes", [PRETRAIN, FINETUNE])
+def test_every_recipe_says_its_command_and_what_comes_of_it(recipes: dict) -> None:
+    for name, (text, _) in recipes.items():
+        command = re.search(r"Command: .*(pretrain|finetune)(?:\.py)? (\w+) --shards \S+ .*--out", text)
+        assert command, name
+        assert command[2] == name
+        assert "Expected: " in text
+
+
+# ---- the command line
+
+
+def test_settings_are_read_over_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, found = parse(
+        monkeypatch, PRETRAIN, "clip", "--shards", "s", "--out", "o", "--epochs", 3, "--image-lr", 0.1
+    )
+    expected = PRETRAIN["clip"][1]
+    assert name == "clip"
+    assert found == dataclasses.replace(expected, shards=Path("s"), out=Path("o"), epochs=3, image_lr=0.1)
+
+
+def test_lists_and_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["demo", "--shards", "s", "--out", "o", "--modalities", "meta", "image"]
+    _, found = parse(monkeypatch, PRETRAIN, *arguments, "--image-options", "img_size", "32", "pad_type", "same")
+    assert found.modalities == ("meta", "image")
+    assert found.image_options == {"img_size": "32", "pad_type": "same"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["papre", "--shards", "s", "--out", "o"], "no recipe 'papre': one of paper, clip"),
+        (["paper", "--shards", "s", "--out", "o", "--bath-size", "3"], "--bath-size"),
+        (["paper", "--shards", "s"], "--out"),
+        (["paper", "--shards", "s", "--out", "o", "--epochs", "many"], "--epochs"),
+        (["paper", "--shards", "s", "--out", "o", "--modalities", "sound"], "--modalities"),
+        (["paper", "--shards", "s", "--out", "o", "--crop-scale", "1.5"], "--crop-scale 1.5"),
+        (["paper", "--shards", "s", "--out", "o", "--accumulation-steps", "2"], "--accumulation-steps 2: refused"),
+        ([], "usage|required|one of"),
+        (["missing.json", "--out", "o"], "missing.json: no such file"),
+    ],
+)
+def test_a_wrong_command_line_is_one_error(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        parse(monkeypatch, PRETRAIN, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("wrong\n   in two  lines")
+
+    with pytest.raises(SystemExit) as stop:
+        commandline.guarded(fail, "xcon test")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "xcon test: wrong in two lines\n"
+    monkeypatch.setenv("XCON_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="wrong"):
+        commandline.guarded(fail, "xcon test")
+
+
+def test_an_error_of_ours_is_not_hidden() -> None:
+    def fail() -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        commandline.guarded(fail, "xcon test")
+
+
+# ---- config.json
+
+
+@pytest.mark.parametrize("folder", ["run", "my_run", "a b-c/My_Run.2"])
+@pytest.mark.parametrize("recipes", [PRETRAIN, FINETUNE])
+def test_a_saved_config_given_back_is_the_config(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str, recipes: dict
+) -> None:
+    changes = {
+        "modalities": ("image", "meta"),
+        "image_options": {"img_size": "32"},
+        "image_weights": "w.safetensors",
+    }
+    saved = dataclasses.replace(recipes["demo"][1], shards=Path("s"), out=Path("o"), seed=7, **changes)
+    file = tmp_path / folder / "config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(saved.to_json(command="any", recipe="demo"))
+    name, found = parse(monkeypatch, recipes, file)
+    assert (name, found) == (str(file), saved)
+    _, changed = parse(monkeypatch, recipes, file, "--out", "p", "--epochs", "2")
+    assert changed == dataclasses.replace(saved, out=Path("p"), epochs=2)
+
+
+def test_init_is_given_back_as_a_path(tmp_path: Path) -> None:
+    saved = FinetuneConfig(shards=Path("s"), out=Path("o"), init=Path("runs/pretrain"))
+    (tmp_path / "config.json").write_text(saved.to_json())
+    assert config.read_config(tmp_path / "config.json", FinetuneConfig) == saved
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("{", "config.json: not JSON"),
+        ("[]", "config.json: a JSON object is needed"),
+        ({"text_model": None}, "not a config of this command, --text-model is missing"),
+        ({"batch_size": 0}, "--batch-size 0: at least 1"),
+        ({"batch_size": "many"}, "config.json: a value of the wrong kind"),
+        ({"modalities": 3}, "config.json: a value of the wrong kind"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, values: object, message: str) -> None:
+    file = tmp_path / "config.json"
+    if isinstance(values, dict):
+        kept = {**json.loads(pretrain().to_json()), **values}
+        values = json.dumps({name: value for name, value in kept.items() if (name, value) != ("text_model", None)})
+    file.write_text(str(values))
+    with pytest.raises(ValueError, match=message):
+        config.read_config(file, PretrainConfig)
+
+
+def test_differences_name_what_a_resumed_run_may_not_change() -> None:
+    saved = json.loads(pretrain().to_json())
+    assert pretrain().differences(saved) == []
+    assert pretrain(out=Path("elsewhere"), shards=Path("moved"), workers=9).differences(saved) == []
+    assert pretrain(epochs=3, image_lr=0.5).differences(saved) == [
+        "--epochs was 200, now 3",
+        "--image-lr was 0.0001, now 0.5",
+    ]
+
+
+# ---- ranges
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *[(name, 0) for name in ("image_size", "batch_size", "epochs", "log_every", "checkpoint_every")],
+        *[(name, -1) for name in ("warmup_epochs", "patience", "image_lr", "weight_decay", "workers", "text_lr")],
+        *[("image_lr", float("nan")), ("crop_scale", 0.0), ("crop_scale", 1.01), ("crop_scale", float("nan"))],
+        *[("clip_norm", 0.0), ("temperature", 0.0), ("temperature", -0.07), ("temperature", 0.004)],
+        *[("embed_dim", 0), ("meta_width", 0), ("meta_depth", 0), ("accumulation_steps", 2), ("max_scale", 0.0)],
+        *[("modalities", ("image",)), ("modalities", ("image", "image", "text"))],
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(setting: str, value: object) -> None:
+    flag = "temperature" if setting == "max_scale" else setting
+    with pytest.raises(ValueError, match="--" + flag.replace("_", "-")):
+        pretrain(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("dropout", 1.0), ("label_smoothing", -0.1), ("meta_dropout", 1.0), ("hidden", 0), ("modalities", ())],
+)
+def test_values_of_the_classifier_out_of_range_are_refused_by_name(setting: str, value: object) -> None:
+    with pytest.raises(ValueError, match="--" + setting.replace("_", "-")):
+        FinetuneConfig(**{"shards": Path("s"), "out": Path("o"), setting: value})
+
+
+def test_bounds_themselves_are_allowed() -> None:
+    assert pretrain(crop_scale=1.0, temperature=1 / 200, patience=0, workers=0, image_lr=0.0).max_scale == 200
+
+
+def test_accumulation_is_for_fine_tuning_alone() -> None:
+    with pytest.raises(ValueError, match="refused for pre-training"):
+        pretrain(accumulation_steps=4)
+    assert FinetuneConfig(shards=Path("s"), out=Path("o"), accumulation_steps=4).accumulation_steps == 4
