@@ -85,7 +85,8 @@ def classify(settings: Settings, shards: Path, name: str, seed: int) -> None:
         else ["--image-weights", settings.weights, "--epochs", str(EPOCHS)]
     )
     run("xcon", "finetune", "laptop", *common(shards, out, seed), "--modalities", *modalities, *start)
-    run("xcon", "predict", out, "--shards", shards, "--workers", "0")
+    if not (out / "metrics.json").is_file():
+        run("xcon", "predict", out, "--shards", shards, "--workers", "0")
 
 
 def common(shards: Path, out: Path, seed: int) -> list[str | Path]:
@@ -99,8 +100,7 @@ def run(*command: str | Path) -> None:
     sys.stdout.write(f"{' '.join(words)}\n")
     sys.stdout.flush()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = None if words[1] == "report" else subprocess.DEVNULL
-    subprocess.run([BIN / words[0], *words[1:]], check=True, env=environment, stderr=quiet)
+    subprocess.run([BIN / words[0], *words[1:]], check=True, env=environment)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,8 @@ def _check(source: NABirds | Synthetic) -> None:
             raise ValueError(f"--{flag} {getattr(source, name)}: a number from {low} to {high:,} is needed")
     # The classes are known late, the fields that a class can have at once.
     caption(source.caption, ClassInfo(0, 0, "any class", "any", ("any",), {}))
+    if isinstance(source, Synthetic) and source.keep_source and source.dry_run:
+        raise ValueError("--keep-source: unused in a dry run, which writes nothing")
     if isinstance(source, NABirds) and source.meta is not None and source.val_per_class:
         raise ValueError(f"--val-per-class {source.val_per_class}: --meta says what is val; give one of them")
 

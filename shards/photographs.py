@@ -1,16 +1,15 @@
 """One photograph: decoded, turned upright, made small, encoded; or its bytes kept where they fit already."""
 
 import io
-import struct
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.plan import BrokenPhotographError
+from xcon.records import UNREADABLE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-# What Pillow raises, by format, on bytes that are cut or damaged.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+_DAMAGE = (*UNREADABLE, Image.DecompressionBombError)
 
 
 def fit(data: bytes, name: str, *, size: int, quality: int) -> bytes:

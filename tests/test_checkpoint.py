@@ -32,11 +32,12 @@ def settings(run: Path, **changes: object) -> PretrainConfig:
 def test_positions_by_hand() -> None:
     """Top-1 first, then the loss, whose sign is turned; a tie is no improvement."""
     first = Position(step=10).after((0.5, -1.0))
-    assert first == Position(10, (0.5, -1.0), 0)
-    assert first.after((0.5, -1.1)) == Position(10, (0.5, -1.0), 1)
-    assert first.after((0.5, -1.0)) == Position(10, (0.5, -1.0), 1)
-    assert first.after((0.4, -0.1)).after((0.4, -0.1)) == Position(10, (0.5, -1.0), 2)
-    assert first.after((0.4, -0.1)).after((0.5, -0.9)) == Position(10, (0.5, -0.9), 0)
+    assert first == Position(10, (0.5, -1.0), 10, 0)
+    later = dataclasses.replace(first, step=20)
+    assert later.after((0.5, -1.1)) == Position(20, (0.5, -1.0), 10, 1)
+    assert later.after((0.5, -1.0)) == Position(20, (0.5, -1.0), 10, 1)
+    assert later.after((0.4, -0.1)).after((0.4, -0.1)) == Position(20, (0.5, -1.0), 10, 2)
+    assert later.after((0.4, -0.1)).after((0.5, -0.9)) == Position(20, (0.5, -0.9), 20, 0)
 
 
 # ---- run folders
@@ -129,17 +130,17 @@ def test_a_resumed_training_ends_where_the_undisturbed_one_does(tmp_path: Path) 
     """Weights, moments of AdamW and the random state: six steps, or three, and three more after a resume."""
     undisturbed = Training(tmp_path)
     undisturbed.steps(3)
-    undisturbed.checkpoints.save(Position(3, (0.5, -1.0), 2))
+    undisturbed.checkpoints.save(Position(3, (0.5, -1.0), 1, 2))
     undisturbed.steps(3)
     resumed = Training(tmp_path)
     resumed.steps(1)
-    assert resumed.checkpoints.restore() == Position(3, (0.5, -1.0), 2)
+    assert resumed.checkpoints.restore() == Position(3, (0.5, -1.0), 1, 2)
     resumed.steps(3)
     assert all(torch.equal(a, b) for a, b in zip(resumed.weights(), undisturbed.weights(), strict=True))
 
 
 def test_without_a_checkpoint_a_run_is_at_its_beginning(tmp_path: Path) -> None:
-    assert Training(tmp_path).checkpoints.restore() == Position(0, None, 0)
+    assert Training(tmp_path).checkpoints.restore() == Position(0, None, None, 0)
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
@@ -156,12 +157,25 @@ def test_the_best_weights_are_those_of_their_step(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(1)
     expected = training.weights()
-    training.checkpoints.save_best(training.model)
+    training.checkpoints.keep_weights(training.model, 1)
     training.steps(2)
-    found = load_file(training.checkpoints.best)
+    training.checkpoints.keep_weights(training.model, 3)
+    found = load_file(training.checkpoints.weights(1))
     assert all(
         torch.equal(found[n], e) for (n, _), e in zip(training.model.named_parameters(), expected, strict=True)
     )
+
+
+def test_weights_are_kept_as_long_as_a_checkpoint_names_them_its_best(tmp_path: Path) -> None:
+    """Two checkpoints are kept: that of step 2 names 1, those of steps 4 and 6 name 3."""
+    training = Training(tmp_path)
+    kept = []
+    for step, best in ((2, 1), (4, 3), (6, 3)):
+        training.checkpoints.keep_weights(training.model, best)
+        training.checkpoints.save(Position(step, (0.5,), best))
+        kept.append(sorted(path.name for path in (tmp_path / "checkpoints").glob("weights-*")))
+    one, three = "weights-1.safetensors", "weights-3.safetensors"
+    assert kept == [[one], [one, three], [three]]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "state.json"])

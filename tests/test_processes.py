@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests import training
 from xcon import captions, encoders, gather, images, model, pretrain
 from xcon.geotime import known
-from xcon.loader import Batch, Records, Share, make_loader
+from xcon.loader import Batch, Records, Share, make_loader, present
 from xcon.model import Tower
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
@@ -63,7 +63,7 @@ def two_steps(folder: Path, share: Share) -> dict[str, Any]:
 
 def loss_of(wrapped: torch.nn.Module, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     embeddings, scale = wrapped({m: batch[m] for m in MODALITIES})
-    return gather.cross_contrastive(embeddings, batch["label"], scale, present=pretrain.present(batch)), scale
+    return gather.cross_contrastive(embeddings, batch["label"], scale, present=present(batch)), scale
 
 
 def worker(rank: int, folder: Path, meeting: Path) -> None:

@@ -303,6 +303,12 @@ OUT = [
         begins=True,
     ),
     Case(
+        "a file on the way",
+        "pretrain",
+        lambda w: w.pretrain("--out", w.write("file", b"") / "run"),
+        "file/run",
+    ),
+    Case(
         "a run with other settings",
         "pretrain",
         lambda w: shutil.copytree(w.runs / "pretrained", w.out) and w.pretrain("--seed", "5"),
@@ -404,6 +410,13 @@ NETWORKS = [
         "pretrain",
         lambda w: w.pretrain("--image-lr", "1e30", "--head-lr", "1e30", "--epochs", "9", "--log-every", "1"),
         "lower the learning rates",
+        begins=True,
+    ),
+    Case(
+        "diverging before the first line of the log",
+        "pretrain",
+        lambda w: w.pretrain("--image-lr", "1e30", "--head-lr", "1e30", "--log-every", "100"),
+        "the loss is nan at step 2: lower the learning rates",
         begins=True,
     ),
     Case(
@@ -612,7 +625,7 @@ def test_no_space_left(world: World, capsys: pytest.CaptureFixture[str]) -> None
     argv = ["demo", "--shards", world.shards, "--out", disk / "run", *SHORT, "--checkpoint-every", "1"]
     ample = [*argv[:4], world.out, *argv[5:]]
     assert training.run(finetune.main, ample) == 0
-    best = (world.out / "checkpoints" / "best.safetensors").stat().st_size
+    best = (world.out / "checkpoints" / "weights-2.safetensors").stat().st_size
     checkpoint = sum(file.stat().st_size for file in (world.out / "checkpoints" / "step-1").iterdir())
     mount(disk, best + int(1.5 * checkpoint))
     try:
@@ -622,7 +635,7 @@ def test_no_space_left(world: World, capsys: pytest.CaptureFixture[str]) -> None
         assert "the checkpoint of step 2 could not be written" in told.splitlines()[-1]
         assert "Traceback" not in told
         left = [path.name for path in (disk / "run" / "checkpoints").iterdir()]
-        assert sorted(left) == ["best.safetensors", "step-1"]
+        assert sorted(left) == ["step-1", "weights-2.safetensors"]
 
         mount(disk, 2 * best + 3 * checkpoint, "remount")
         assert training.run(finetune.main, argv) == 0

@@ -15,7 +15,7 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the entry point that is named first."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         sys.stdout.write(f"usage: xcon COMMAND ...\ncommands: {', '.join(COMMANDS)}; each has --help\n")
         return

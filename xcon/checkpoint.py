@@ -29,17 +29,19 @@ class Position:
     Attributes:
         step: optimiser steps done.
         best: the best held-out result so far, higher is better, compared from left to right.
+        best_step: when it was; its weights are kept by that number.
         since_best: validations since then.
     """
 
     step: int = 0
     best: tuple[float, ...] | None = None
+    best_step: int | None = None
     since_best: int = 0
 
     def after(self, score: tuple[float, ...]) -> "Position":
         """The position after a validation."""
         if self.best is None or score > self.best:
-            return dataclasses.replace(self, best=score, since_best=0)
+            return dataclasses.replace(self, best=score, best_step=self.step, since_best=0)
         return dataclasses.replace(self, since_best=self.since_best + 1)
 
     def exhausted(self, patience: int) -> bool:
@@ -59,16 +61,15 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self.accelerator = accelerator
 
-    @property
-    def best(self) -> Path:
-        """The weights of the best held-out result so far; the run's model when training ends."""
-        return self.folder / "best.safetensors"
+    def weights(self, step: int) -> Path:
+        """The weights kept of a step."""
+        return self.folder / f"weights-{step}.safetensors"
 
-    def save_best(self, wrapped: nn.Module) -> None:
-        """Keeps the present weights as the best; called by all processes."""
+    def keep_weights(self, wrapped: nn.Module, step: int) -> None:
+        """Keeps the present weights as those of a step; called by all processes."""
         weights = self.accelerator.get_state_dict(wrapped)
         if self.accelerator.is_main_process:
-            with atomic_write(self.best) as file:
+            with atomic_write(self.weights(step)) as file:
                 file.write(weights_to_bytes(weights))
 
     def save(self, position: Position) -> None:
@@ -84,6 +85,8 @@ class Checkpoints:
         try:
             self.accelerator.save_state(str(partial))
         except (OSError, RuntimeError, SafetensorError) as error:
+            if not _of_files(error):
+                raise
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
                 f"{self.folder}: the checkpoint of step {step} could not be written ({error}); is there space "
@@ -101,8 +104,7 @@ class Checkpoints:
             with atomic_write(partial / "state.json") as file:
                 file.write((json.dumps(state) + "\n").encode())
             partial.replace(self.folder / f"step-{step}")
-            for old in self.whole()[:-KEPT]:
-                shutil.rmtree(old)
+            self._prune()
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> Position:
@@ -130,14 +132,31 @@ class Checkpoints:
         try:
             self.accelerator.load_state(str(newest))
         except (OSError, RuntimeError, SafetensorError, EOFError) as error:
+            if not _of_files(error):
+                raise
             raise ValueError(f"{newest}: damaged ({error}); remove it to resume from the one before") from None
         self.accelerator.wait_for_everyone()
         best = state["best"] and tuple(state["best"])
-        return Position(step=state["step"], best=best, since_best=state["since_best"])
+        return Position(state["step"], best, state["best_step"], state["since_best"])
+
+    def _prune(self) -> None:
+        """Removes all but the newest checkpoints, and the weights that none of those names as its best."""
+        for old in self.whole()[:-KEPT]:
+            shutil.rmtree(old)
+        named = {self.weights(read_json(c / "state.json")["best_step"] or 0) for c in self.whole()}
+        for weights in set(self.folder.glob("weights-*.safetensors")) - named:
+            weights.unlink()
 
     def whole(self) -> list[Path]:
         """All whole checkpoints, the newest last."""
         return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _of_files(error: Exception) -> bool:
+    """Whether an error is of reading or writing; torch says RuntimeError of its files and of much else."""
+    return not isinstance(error, RuntimeError) or any(
+        w in str(error) for w in ("PytorchStream", "inline_container")
+    )
 
 
 def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> bool:

@@ -31,7 +31,7 @@ def guarded(body: Callable[[], None], program: str) -> None:
         complain(program, str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        complain(program, "interrupted; nothing half-written is left")
+        complain(program, "interrupted")
         raise SystemExit(130) from None
 
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from xcon import config, metrics
 
 MEASURES = ("top1", "top5", "mean_per_class", "ece")
-CONTROLS = ("without_meta", "shuffled_meta")
 SAME_TEST = ("shards_sha256", "split", "label_space")
 # The runs of one row may differ in these: the seed, and what leaves every number as it is.
 NOT_SETTINGS = {"seed", "init", "recipe", *config.TrainConfig.MAY_CHANGE}
@@ -61,7 +60,7 @@ class Run:
     @property
     def method(self) -> str:
         """What it starts from and what it sees."""
-        start = f"{self.config['init_recipe']} -> " if self.config["init_recipe"] else ""
+        start = f"{self.config['init_method']} -> " if self.config["init_method"] else ""
         return start + " + ".join(self.config["modalities"])
 
 
@@ -106,14 +105,14 @@ def load(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json here, so not a run folder")
     made = config.read_json(folder / "config.json")
-    _check_names(folder / "config.json", made, ("seed", "modalities", "recipe", "init", "init_recipe"))
+    _check_names(folder / "config.json", made, ("seed", "modalities", "recipe", "init", "init_method"))
     for name in ("metrics.json", "predictions.parquet"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name} here, run xcon predict first")
     found = config.read_json(folder / "metrics.json")
     _check_names(folder / "metrics.json", found, (*MEASURES, *SAME_TEST, "n", "with_meta"))
     if found["with_meta"]:
-        _check_names(folder / "metrics.json", found, CONTROLS)
+        _check_names(folder / "metrics.json", found, metrics.CONTROLS)
     columns = ("predicted", "predicted_without_meta")[: 2 if found["with_meta"] else 1]
     table = _read_columns(folder / "predictions.parquet", ("image_id", "class_id", *columns))
     order = np.argsort(table["image_id"])
@@ -205,7 +204,7 @@ def summary(row: Row) -> dict[str, Any]:
         "with_meta": with_meta,
         **{name: _mean_and_spread([run.metrics[name] for run in row.runs]) for name in MEASURES},
     }
-    for part in CONTROLS if with_meta else ():
+    for part in metrics.CONTROLS if with_meta else ():
         found[part] = {n: _mean_and_spread([run.metrics[part][n] for run in row.runs]) for n in MEASURES}
     return found
 

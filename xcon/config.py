@@ -15,6 +15,9 @@ import tyro
 
 from xcon.commandline import one_line_errors
 
+# What an image tower is where nothing else is said (paper, section 3.1, "Image Embedding").
+BACKBONE, WEIGHTS = "resnet50", "imagenet"
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 MODALITIES: tuple[Literal["image", "text", "meta"], ...] = ("image", "text", "meta")
 
 
@@ -58,7 +61,7 @@ class TrainConfig:
     """Decoupled weight decay of the weight matrices; 0: AdamW is Adam."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """auto takes bf16 where the device computes it natively, else fp16 on a GPU, else fp32."""
     workers: int = 2
     """Processes that decode photographs, per training process."""
@@ -202,7 +205,7 @@ def check_patience(settings: TrainConfig, *, validation: bool) -> None:
 def check_used(settings: TrainConfig, recipe: TrainConfig) -> None:
     """Raises ValueError where a setting of a modality was given that does not take part."""
     for field in dataclasses.fields(settings):
-        modality = field.name.split("_")[0]
+        modality = "image" if field.name == "crop_scale" else field.name.split("_")[0]
         given = getattr(settings, field.name) != getattr(recipe, field.name)
         if given and modality in MODALITIES and modality not in settings.modalities:
             raise ValueError(f"{flag(field.name)}: unused, --modalities is {' '.join(settings.modalities)}")
@@ -232,16 +235,22 @@ PRETRAIN: dict[str, tuple[str, PretrainConfig]] = {
     "paper": (
         """Section 4.2: "Batch size = 32 and tau = log(0.007) and trained the networks for 200 epochs. We
         pre-trained meta, text, and image encoder models through AdamW with learning rates 5e-5, 1e-5, and
-        1e-4." Projections at 1e-3 with weight decay 1e-3 are the authors' notebook's.
+        1e-4." Projections at 1e-3 with weight decay 1e-3 are the authors' notebook's. Ours, where both are silent:
+        a warm-up epoch and a cosine, crops of at least 0.35 of the area and flips, gradients clipped to 1, and an
+        end after 20 epochs without a better result on val (their own run was best at epoch 6 of 80). With the
+        location file 22,819 photographs are trained on: its val is taken from the 23,929.
         Command: accelerate launch xcon/pretrain.py paper --shards nabirds --out runs/pretrain
         Expected: after fine-tuning, 84.44 % in the paper; not run by us, it needs NABirds and a GPU.""",
-        PretrainConfig(weight_decay=1e-3),
+        PretrainConfig(weight_decay=1e-3, patience=20, checkpoint_every=1000),
     ),
     "clip": (
         """Table 1, "CLIP (ResNet50)": "only trained on text and image information using two losses".
         Command: accelerate launch xcon/pretrain.py clip --shards nabirds --out runs/clip
         Expected: after fine-tuning of the image encoder, 81.66 % in the paper; not run by us.""",
-        PretrainConfig(modalities=("image", "text"), matching="diagonal", weight_decay=1e-3),
+        PretrainConfig(
+            modalities=("image", "text"), matching="diagonal", weight_decay=1e-3, patience=20,
+            checkpoint_every=1000,
+        ),
     ),
     "laptop": (
         """The paper's method at a size for two cores: MobileNetV2 at 128 px, a small untrained text model.
@@ -264,16 +273,17 @@ FINETUNE: dict[str, tuple[str, FinetuneConfig]] = {
     "paper": (
         """Section 3.2: "we take the output of the meta encoder model and Resnet50 model and concatenate the
         embeddings. We use concatenated 512 size embedding vectors as an input of 2 layers shallow
-        classification network"; Adam, 200 epochs, batch 32 (4.2). Learning rates as in pre-training.
+        classification network"; Adam, 200 epochs, batch 32 (4.2). Learning rates as in pre-training. Ours:
+        metadata is hidden from one record in ten, so that the model can do without, and what pre-training adds.
         Command: xcon finetune paper --shards nabirds --init runs/pretrain --out runs/paper
         Expected: 84.44 % in the paper; not run by us, it needs NABirds and a GPU.""",
-        FinetuneConfig(),
+        FinetuneConfig(patience=20, checkpoint_every=1000),
     ),
     "image": (
         """Image alone: the classifier of CLIP (with --init) and of an image-only baseline (without).
         Command: accelerate launch xcon/finetune.py image --shards nabirds --init runs/clip --out runs/image
         Expected: 81.66 % in the paper's table for CLIP; not run by us.""",
-        FinetuneConfig(modalities=("image",)),
+        FinetuneConfig(modalities=("image",), patience=20, checkpoint_every=1000),
     ),
     "laptop": (
         """Classification at a size for two cores; --modalities image for the image alone.

@@ -73,8 +73,10 @@ def demo() -> None:
     )
 
 
-_LAUNCH = ("accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-           "--dynamo_backend", "no")  # fmt: skip
+_LAUNCH = (
+    *("accelerate", "launch", "--quiet", "--num_processes", "1", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
 
 
 def _script(name: str) -> Path:

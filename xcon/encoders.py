@@ -90,7 +90,7 @@ def build_image(backbone: str, options: Mapping[str, str], *, weights: str, size
         ValueError: no such network, an option it does not take, or weights that do not fit it.
         FileNotFoundError: no such weights.
     """
-    values = {name: _json_or_text(text) for name, text in options.items()}
+    values = read_options(options)
     network = _timm_network(backbone, values, pretrained=weights == "imagenet")
     facts = resolve_model_data_config(network)
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
@@ -135,6 +135,11 @@ def _load_weights(network: nn.Module, file: Path) -> dict[str, str]:
     return metadata
 
 
+def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a command line, read as JSON where they are JSON (`true`, `0.1`), else as text."""
+    return {name: _json_or_text(text) for name, text in options.items()}
+
+
 def _json_or_text(text: Any) -> Any:
     try:
         return json.loads(text)
@@ -176,12 +181,16 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.network = network or AutoModel.from_config(AutoConfig.for_model(**spec.config))
-        if getattr(self.network, "pooler", None) is not None:
+        if "pooler" in dict(self.network.named_children()):
             self.network.pooler = None  # unused, and DDP refuses parameters without a gradient
         self.width = int(self.network.config.hidden_size)
-        for module in self.network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        self.network.eval()
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Switches this module, not its network: that stays without dropout."""
+        super().train(mode)
+        self.network.eval()
+        return self
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Vectors of captions.
@@ -225,7 +234,7 @@ def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrained
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            network = AutoModel.from_pretrained(name, use_safetensors=True)
+            network = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
         except SafetensorError as error:
             raise ValueError(f"--text-model {name}: its weights are damaged ({error})") from None
         except (OSError, ValueError):  # ValueError: a folder with something else in it
@@ -234,7 +243,7 @@ def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrained
                 f"reached or has no such model; fetch it where there is a network, or take {SMALL_TEXT}"
             ) from None
     longest = int(captions.tokenise(tokenizer, texts).shape[1])
-    limit = getattr(network.config, "max_position_embeddings", longest)
+    limit = network.config.to_dict().get("max_position_embeddings", longest)
     if longest > limit:
         raise ValueError(f"the longest caption has {longest} tokens, --text-model {name} takes {limit}")
     pooling: Literal["cls", "mean"] = "cls" if tokenizer.cls_token_id is not None else "mean"
@@ -278,7 +287,7 @@ class MetaEncoder(nn.Module):
             `[b, F]`; rows without any metadata are finite and mean nothing (`geotime.known`).
         """
         dtype = next(self.parameters()).dtype
-        return self.blocks(self.first(geotime.encode_wrap(places.to(dtype))))
+        return self.blocks(self.first(geotime.encode_wrap(places).to(dtype)))  # degrees need all their digits
 
 
 class _Residual(nn.Module):

@@ -9,15 +9,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from xcon import gather
+from xcon import gather, metrics
 from xcon.classifier import Classifier
 from xcon.loader import Batch, to_device
 from xcon.shardset import Split
 
-# What a model with metadata is compared with: itself, told no place and date, or those of another record.
-CONTROLS = ("without_meta", "shuffled_meta")
-
-# Legend: b rows of a batch, N records, C classes.
+# Legend: b rows of a batch, N records, C classes, D width of the shared space.
 
 
 @torch.inference_mode()
@@ -85,7 +82,28 @@ def prediction_table(split: Split, probabilities: Mapping[str, np.ndarray]) -> p
         "predicted": pa.array(best[:, 0]),
         "probability": pa.array(own.max(axis=1)),
         "top5": pa.array(best.tolist(), pa.list_(pa.int32())),
-        **{f"predicted_{n}": pa.array(p.argmax(axis=1)) for n, p in probabilities.items() if n in CONTROLS},
+        **{
+            f"predicted_{n}": pa.array(p.argmax(axis=1)) for n, p in probabilities.items() if n in metrics.CONTROLS
+        },
         "scores": pa.FixedSizeListArray.from_arrays(pa.array(own.ravel()), own.shape[1]),
     }
     return pa.table(columns)
+
+
+def caption_top1(
+    embeddings: Mapping[str, Tensor], masks: Mapping[str, Tensor], class_captions: Tensor, labels: Tensor
+) -> dict[str, float]:
+    """Zero-shot accuracy: the class whose caption is most similar.
+
+    Args:
+        embeddings: modality -> `[N, D]` unit vectors.
+        masks: modality -> `[N]` bool, the rows that have it.
+        class_captions: `[C, D]` unit vectors.
+        labels: `[N]`.
+    """
+    similarity = {
+        m: masks[m][:, None] * z @ class_captions.T for m, z in embeddings.items() if m != "text"
+    }  # [N, C]
+    together = torch.stack(list(similarity.values())).sum(dim=0)
+    choices = {"top1": together, **{f"{m}_top1": s for m, s in similarity.items()}}
+    return {name: (s.argmax(dim=1) == labels).double().mean().item() for name, s in choices.items()}

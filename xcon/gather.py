@@ -2,10 +2,10 @@
 
 The loss of the global batch, exact on every process, for gradients that DDP and ZeRO average.
 
-Every process gathers the rows of all W processes and computes the whole loss L. The gather's backward sums
-the W equal gradients of a row on the process that owns it, so each process sees W dL/dz for its own rows and
-dL/ds for the scale. The mean over processes that DDP and ZeRO take then gives dL/dz and dL/ds exactly: the
-factor W of the rows cancels because each row lives on one process, and the scale lives on all of them.
+Every process gathers the rows of all W processes and computes the whole loss L. The gather's backward gives W
+dL/dz to the process that owns a row, the sum of W equal gradients, and sends nothing; the scale gets dL/ds. The
+mean over processes that DDP and ZeRO take then gives dL/dz and dL/ds exactly: the factor W of the rows cancels
+because each row lives on one process, and the scale lives on all of them.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from xcon import losses
 
@@ -51,9 +51,33 @@ def rows(tensor: Tensor) -> Tensor:
     """The rows of all processes in order of rank, `[b, ...]` -> `[W b, ...]`, without gradient."""
     if world_size() == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    mine = tensor.contiguous()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]  # NCCL refuses strided ones
+    dist.all_gather(parts, mine)
     return torch.cat(parts)
+
+
+def agree(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """The first process's numbers on all processes, so that what is decided by them is decided alike.
+
+    Processors of different kinds may differ in the last bit of the same sum.
+
+    Args:
+        values: name -> number, the same names on all processes.
+        device: of this process.
+    """
+    if world_size() == 1:
+        return dict(values)
+    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.broadcast(numbers, src=0)
+    return dict(zip(values, numbers.tolist(), strict=True))
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Gives all processes the first one's buffers: BatchNorm's running statistics, which nothing else equates."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def world_size() -> int:
@@ -67,7 +91,10 @@ def _rows_with_gradient(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """`rows`; its backward sums over processes and returns to each the gradient of its own rows."""
+    """`rows`; its backward gives each process W times the gradient of its own rows.
+
+    That is the sum over processes that a gather calls for: all of them compute the same loss of the same rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -78,6 +105,5 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         """`[W b, D]` -> `[b, D]`."""
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
+        own = gradients[0][dist.get_rank() * ctx.rows :][: ctx.rows]
+        return world_size() * own  # the sum over W processes of equal gradients, without asking them

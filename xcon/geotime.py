@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 # Legend: N rows; columns of a place: 0 lon, 1 lat, 2 date.
-PLACE_WIDTH = 3
 WRAP_WIDTH = 6
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 
+from xcon.records import UNREADABLE
+
 Transform = Callable[[Tensor], Tensor]
 
 _EXIF_WITHIN = 1 << 16  # bytes; a JPEG's EXIF segment is its first or second
@@ -49,8 +51,8 @@ class ImageSpec:
 def decode(data: bytes) -> Tensor:
     """Decodes a photograph.
 
-    JPEGs go through libjpeg-turbo; other formats, JPEGs that it refuses (CMYK) and those that their EXIF data
-    turns or mirrors, through Pillow.
+    JPEGs go through libjpeg-turbo; other formats, JPEGs of colour spaces that it refuses and those that their EXIF
+    data turns or mirrors, through Pillow.
 
     Args:
         data: the bytes of an image file.
@@ -83,7 +85,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image that decodes ({error})") from None
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from xcon import images
+from xcon.config import MODALITIES
+from xcon.geotime import known
 from xcon.images import Transform
 from xcon.sampler import Item, Order
 from xcon.shardset import Split
@@ -165,3 +167,14 @@ class _Batches:
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     """All tensors of a batch on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def match_on(rows: Batch, matching: str) -> Tensor:
+    """`[b]` what rows must share to be positives: their class, or (CLIP) to be the same record."""
+    return rows["label"] if matching == "label" else rows["index"]
+
+
+def present(rows: Batch) -> dict[str, Tensor]:
+    """Modality -> `[b]` bool: real rows, not those that fill up a batch, and for metadata those that have some."""
+    real = rows["weight"] > 0
+    return {m: real & known(rows["meta"]) if m == "meta" else real for m in MODALITIES if m in rows}

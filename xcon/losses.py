@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-# Legend: N rows of the batch, D width of the shared space.
+# Legend: N rows of the batch, b of them at hand, D width of the shared space, C classes.
 
 
 def cross_contrastive(
@@ -86,3 +87,19 @@ def _check(embeddings: Mapping[str, Tensor], labels: Tensor, present: Mapping[st
             raise ValueError(
                 f"{modality}: its mask is {list(mask.shape)} {mask.dtype}, {list(labels.shape)} bool is needed"
             )
+
+
+def share_of_cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor, *, rows: int, label_smoothing: float = 0.0
+) -> Tensor:
+    """What some rows add to the mean cross-entropy of the global batch; the shares of all rows add up to it.
+
+    Args:
+        logits: `[b, C]`.
+        labels: `[b]` class ids.
+        weight: `[b]`, 0 for rows that only fill up the batch.
+        rows: real rows of the global batch.
+        label_smoothing: share of the target spread over all classes.
+    """
+    each = cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)  # [b]
+    return (each * weight).sum() / rows

@@ -56,6 +56,8 @@ class Settings:
         records.year_fraction(self.date)
         if self.batch < 1:
             raise ValueError(f"--batch {self.batch}: at least 1 is needed")
+        if not self.out.parent.is_dir():
+            raise ValueError(f"--out {self.out}: no such folder as {self.out.parent}")
         if self.out.suffix != ".png":
             raise ValueError(f"--out {self.out}: a name ending in .png is needed")
 

@@ -12,6 +12,9 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 
+# What a model with metadata is compared with: itself, told no place and date, or those of another record.
+CONTROLS = ("without_meta", "shuffled_meta")
+
 # Resampled counts held at once: 2^22 of 8 bytes, 32 MiB.
 _COUNTS_AT_ONCE = 1 << 22
 

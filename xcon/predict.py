@@ -48,8 +48,8 @@ class Settings:
     """Photographs."""
     shards: Path | None = None
     """Shard set to evaluate on, instead of photographs."""
-    split: Literal["train", "val", "test"] = "test"
-    """Split of the shard set."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split of the shard set; test where none is given."""
     lon: float | None = None
     """Degrees east of the photographs."""
     lat: float | None = None
@@ -57,9 +57,9 @@ class Settings:
     date: str | None = None
     """Day of the photographs, as an ISO date."""
     out: Path | None = None
-    """Predictions are written here: .csv, .json or .parquet for photographs, .parquet for a shard set."""
-    top: int = 5
-    """Classes to list per photograph."""
+    """The ranking is written here, or a copy of RUN/predictions.parquet: .csv, .json or .parquet."""
+    top: int | None = None
+    """Classes to list per photograph; 5 where none is given."""
     batch_size: int = 64
     """Photographs at once, over all processes."""
     workers: int = 2
@@ -75,13 +75,16 @@ class Settings:
         """
         if (self.shards is None) == (not self.files):
             raise ValueError("give either --shards DIR or photographs")
-        if self.batch_size < 1 or self.top < 1 or self.workers < 0:
+        if self.batch_size < 1 or (self.top is not None and self.top < 1) or self.workers < 0:
             raise ValueError("--batch-size and --top are at least 1, --workers at least 0")
-        if self.shards and (self.lon, self.lat, self.date) != (None, None, None):
-            raise ValueError("--lon, --lat and --date are for photographs; a shard set has its own")
-        formats = (".parquet",) if self.shards else FORMATS
-        if self.out and self.out.suffix not in formats:
-            raise ValueError(f"--out {self.out}: a name ending in {' or '.join(formats)} is needed")
+        if self.shards and (self.lon, self.lat, self.date, self.top) != (None, None, None, None):
+            raise ValueError("--lon, --lat, --date and --top are for photographs; a shard set has its own places")
+        if self.files and self.split:
+            raise ValueError("--split is for a shard set; photographs have none")
+        if self.out and self.out.suffix not in FORMATS:
+            raise ValueError(f"--out {self.out}: a name ending in {' or '.join(FORMATS)} is needed")
+        if self.out and not self.out.parent.is_dir():
+            raise ValueError(f"--out {self.out}: no such folder as {self.out.parent}")
         records.check_place(lon=self.lon, lat=self.lat)
         records.year_fraction(self.date)
 
@@ -95,6 +98,7 @@ def predict() -> None:
     """Parse, model, data, loop, results."""
     settings = commandline.parse(Settings, PROGRAM)
     network, spec = classifier.load(settings.run)
+    settings = dataclasses.replace(settings, precision=launch.resolve_precision(settings.precision))
     accelerator = launch.make_accelerator(settings.precision, batch_size=0, clip_norm=1.0)
     network.to(accelerator.device)
     if settings.shards:
@@ -112,7 +116,7 @@ def evaluate(
     settings: Settings, network: Classifier, spec: ModelSpec, shards: ShardSet, accelerator: Accelerator
 ) -> None:
     """Scores with the records' own metadata, without, and with that of other records; writes both files."""
-    split = shards.split(settings.split)
+    split = shards.split(settings.split or "test")
     ours = [info.raw_class_id for info in shards.card.classes]
     if ours != spec.raw_class_ids:
         raise ValueError(
@@ -128,11 +132,11 @@ def evaluate(
     others = torch.from_numpy(split.place[np.random.default_rng(0).permutation(len(split))]).float()
 
     def score(batch: Batch) -> dict[str, Tensor]:
-        with accelerator.autocast():
+        with launch.autocast(accelerator, settings.precision):
             return evaluation.with_controls(network, batch, others.to(accelerator.device))
 
     shown = track(
-        batches, f"{settings.split} split", console=Console(stderr=True), disable=not accelerator.is_main_process
+        batches, f"{split.name} split", console=Console(stderr=True), disable=not accelerator.is_main_process
     )
     found = evaluation.collect(shown, score, samples=len(split), device=accelerator.device)
     if not accelerator.is_main_process:
@@ -142,21 +146,22 @@ def evaluate(
         {"n": len(split), **metrics.summarise(rows, split.class_id)} for rows in probabilities.values()
     ]
     facts = {
-        "split": settings.split,
+        "split": split.name,
         **own,
         "label_space": f"{len(ours)} classes of the source",
         "with_meta": "meta" in network.towers,
         "seed": config.read_json(settings.run / "config.json")["seed"],
         "shards_sha256": shards.card.sha256,
-        **dict(zip(evaluation.CONTROLS, controls, strict=False)),
+        **dict(zip(metrics.CONTROLS, controls, strict=False)),
     }
-    suffix = "" if settings.split == "test" else f"-{settings.split}"
-    out = settings.out or settings.run / f"predictions{suffix}.parquet"
-    write_table(evaluation.prediction_table(split, probabilities), out)
+    suffix = "" if split.name == "test" else f"-{split.name}"
+    table, out = evaluation.prediction_table(split, probabilities), settings.run / f"predictions{suffix}.parquet"
+    for path in (out, settings.out) if settings.out else (out,):
+        write_table(table, path)
     with records.atomic_write(settings.run / f"metrics{suffix}.json") as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
     Console().print(
-        f"{len(split)} of {len(split)} {settings.split} records, each evaluated once, by "
+        f"{len(split)} of {len(split)} {split.name} records, each evaluated once, by "
         f"{accelerator.num_processes} process(es): {summary(facts)}\n{out}",
         highlight=False,
         soft_wrap=True,
@@ -190,9 +195,9 @@ def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: 
         files = settings.files[start : start + settings.batch_size]
         photos = torch.stack([transform(read(file)) for file in files])  # [b, 3, S, S]
         inputs = {"image": photos, "meta": place.expand(len(files), -1)}
-        with torch.inference_mode(), accelerator.autocast():
+        with torch.inference_mode(), launch.autocast(accelerator, settings.precision):
             logits = network({m: inputs[m].to(accelerator.device) for m in network.towers})
-        best = logits.float().softmax(dim=1).cpu().topk(min(settings.top, len(spec.classes)))
+        best = logits.float().softmax(dim=1).cpu().topk(min(settings.top or 5, len(spec.classes)))
         for file, values, ids in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
             for n, (c, p) in enumerate(zip(ids, values, strict=True), start=1):
                 info = {name: spec.classes[c][name] for name in ("raw_class_id", "name")}

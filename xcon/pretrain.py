@@ -6,7 +6,6 @@ The same command given again resumes from the newest checkpoint; `--help` lists 
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from accelerate.utils import set_seed
@@ -16,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from xcon import captions, commandline, config, encoders, evaluation, gather, images, launch, losses, model, optim
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.config import PretrainConfig
-from xcon.geotime import known
-from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, to_device
+from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, match_on, present, to_device
 from xcon.model import ContrastiveModel, ModelSpec, Tower
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
@@ -34,6 +32,7 @@ def main() -> None:
 def train() -> None:
     """Parse, data, model, optimiser, resume, loop."""
     recipe, cfg = config.parse_recipe(config.PRETRAIN, "xcon pretrain")
+    cfg = resolved(cfg)
     accelerator = launch.make_accelerator(cfg.precision, batch_size=cfg.batch_size, clip_norm=cfg.clip_norm)
 
     # Data
@@ -48,6 +47,7 @@ def train() -> None:
     facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
     if open_run(cfg, accelerator, **facts):
         accelerator.print(f"{cfg.out}: this run is complete")
+        accelerator.end_training()
         return
     contrastive = ContrastiveModel(towers, temperature=cfg.temperature, max_scale=cfg.max_scale)
     spec = ModelSpec(
@@ -63,6 +63,7 @@ def train() -> None:
     # Optimiser
     rates = {"image": cfg.image_lr, "text": cfg.text_lr, "meta": cfg.meta_lr, "head": cfg.head_lr}
     optimizer = optim.make_optimizer(contrastive, rates, weight_decay=cfg.weight_decay)
+    set_seed(cfg.seed, device_specific=True)
     wrapped, optimizer = launch.prepare(accelerator, contrastive, optimizer)
     total = cfg.epochs * order.steps_per_epoch
     warmup = round(cfg.warmup_epochs * order.steps_per_epoch)
@@ -78,47 +79,65 @@ def train() -> None:
 
     # Loop
     clock = Clock()
-    for step, batch in enumerate(clock.watch(batches), start=at.step):
-        wrapped.train()
-        rows = to_device(batch, accelerator.device)
-        optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total))
-        embeddings, scale = wrapped({m: rows[m] for m in cfg.modalities})
-        terms = gather.cross_contrastive(embeddings, match_on(rows, cfg.matching), scale, present=present(rows))
-        accelerator.backward(terms["total"])
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), cfg.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        at = dataclasses.replace(at, step=step + 1)
-        if at.step % cfg.log_every == 0:
-            values = {name: term.item() for name, term in terms.items()}
-            launch.check_finite(values["total"], at.step)
-            values |= {"scale": scale.item(), "grad_norm": float(norm), "epoch": at.step / order.steps_per_epoch}
-            tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
-        if at.step % order.steps_per_epoch == 0 and shards.has("val"):
-            held_out = validate(
-                wrapped, cfg, spec, shards=shards, tokens=tokens, share=share, device=accelerator.device
+    with tracker:
+        for step, batch in enumerate(clock.watch(batches), start=at.step):
+            wrapped.train()
+            rows = to_device(batch, accelerator.device)
+            optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total))
+            embeddings, scale = wrapped({m: rows[m] for m in cfg.modalities})
+            terms = gather.cross_contrastive(
+                embeddings, match_on(rows, cfg.matching), scale, present=present(rows)
             )
-            at = at.after((held_out.get("top1", 0.0), -held_out["loss"]))
-            if at.since_best == 0:
-                checkpoints.save_best(wrapped)
-            tracker.write("val", at.step, held_out)
-        if at.step % cfg.checkpoint_every == 0:
-            checkpoints.save(at)
-        tracker.advance(at.step)
-        if at.exhausted(cfg.patience):
-            break
+            accelerator.backward(terms["total"])
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), cfg.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            at = dataclasses.replace(at, step=step + 1)
+            if at.step % cfg.log_every == 0:
+                values = {name: term.item() for name, term in terms.items()}
+                launch.check_finite(values["total"], at.step)
+                values |= {
+                    "scale": scale.item(),
+                    "grad_norm": float(norm),
+                    "epoch": at.step / order.steps_per_epoch,
+                }
+                tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
+            with clock.paused():
+                if at.step % order.steps_per_epoch == 0 and shards.has("val"):
+                    held_out = validate(wrapped, cfg, spec, shards, tokens, share, accelerator.device)
+                    launch.check_finite(held_out["loss"], at.step)
+                    at = at.after((held_out.get("top1", 0.0), -held_out["loss"]))
+                    if at.since_best == 0:
+                        checkpoints.keep_weights(wrapped, at.step)
+                    tracker.write("val", at.step, held_out)
+                if at.step % cfg.checkpoint_every == 0:
+                    checkpoints.save(at)
+            tracker.advance(at.step)
+            if at.exhausted(cfg.patience):
+                break
+        tracker.write("end", at.step, {"best": at.best})
 
     # The result: the weights of the best held-out result; without a validation split, the last
     if at.best is None:
-        checkpoints.save_best(wrapped)
-    tracker.write("end", at.step, {"best": at.best})
-    tracker.close()
+        checkpoints.keep_weights(wrapped, at.step)
     if accelerator.is_main_process:
         if tokenizer:
             tokenizer.save_pretrained(cfg.out / "tokenizer")
-        model.save(cfg.out, spec, checkpoints.best.read_bytes())
+        model.save(cfg.out, spec, checkpoints.weights(at.best_step or at.step).read_bytes())
     accelerator.end_training()
+
+
+def resolved(cfg: PretrainConfig) -> PretrainConfig:
+    """The settings with what was left open filled in, as the run saves them."""
+    cfg = dataclasses.replace(cfg, precision=launch.resolve_precision(cfg.precision))
+    if "image" not in cfg.modalities:
+        return cfg
+    return dataclasses.replace(
+        cfg,
+        image_backbone=cfg.image_backbone or config.BACKBONE,
+        image_weights=cfg.image_weights or config.WEIGHTS,
+    )
 
 
 def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower], PreTrainedTokenizerBase | None]:
@@ -128,8 +147,7 @@ def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower
     for modality in cfg.modalities:
         if modality == "image":
             made["image"] = encoders.build_image(
-                cfg.image_backbone or "resnet50", cfg.image_options, weights=cfg.image_weights or "imagenet",
-                size=cfg.image_size,
+                str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size,
             )  # fmt: skip
         elif modality == "text":
             made["text"], tokenizer = encoders.build_text(cfg.text_model, shards.captions)
@@ -138,27 +156,18 @@ def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower
     return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, tokenizer
 
 
-def match_on(rows: Batch, matching: str) -> Tensor:
-    """`[b]` what rows must share to be positives: their class, or (CLIP) to be the same record."""
-    return rows["label"] if matching == "label" else rows["index"]
-
-
-def present(rows: Batch) -> dict[str, Tensor]:
-    """Modality -> `[b]` bool: real rows, not those that fill up a batch, and for metadata those that have some."""
-    real = rows["weight"] > 0
-    return {m: real & known(rows["meta"]) if m == "meta" else real for m in config.MODALITIES if m in rows}
-
-
 def validate(
-    wrapped: nn.Module, cfg: PretrainConfig, spec: ModelSpec, *, shards: ShardSet, tokens: Tensor | None,
+    wrapped: nn.Module, cfg: PretrainConfig, spec: ModelSpec, shards: ShardSet, tokens: Tensor | None,
     share: Share, device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
     """The loss on the validation split in batches of training's size, and how often the right caption is found.
 
     Returns:
         `loss`, the mean total; where there is text also `top1`, the share of records whose class has the caption
-        most similar to image and metadata together, and `image_top1` and `meta_top1`, to one of them alone.
+        most similar to image and metadata together, and `image_top1` and `meta_top1`, to one of them alone. The
+        same on all processes.
     """
+    gather.share_buffers(wrapped)
     wrapped.eval()
     split = shards.split("val")
     transform = images.eval_transform(spec.image) if spec.image else None
@@ -183,29 +192,11 @@ def validate(
             terms = losses.cross_contrastive(part, target[rows], scale.cpu(), present=part_masks)
             loss += terms["total"].item() * len(rows) / len(split)
         if tokens is None:
-            return {"loss": loss}
+            return gather.agree({"loss": loss}, device)
         class_tokens = tokens[torch.from_numpy(shards.class_captions)].to(device)
         captions_of = wrapped({"text": class_tokens})[0]["text"].cpu()  # [C, D]
-    return {"loss": loss, **caption_top1(embeddings, masks, captions_of, found["label"])}
-
-
-def caption_top1(
-    embeddings: Mapping[str, Tensor], masks: Mapping[str, Tensor], class_captions: Tensor, labels: Tensor
-) -> dict[str, float]:
-    """Zero-shot accuracy: the class whose caption is most similar.
-
-    Args:
-        embeddings: modality -> `[N, D]` unit vectors.
-        masks: modality -> `[N]` bool, the rows that have it.
-        class_captions: `[C, D]` unit vectors.
-        labels: `[N]`.
-    """
-    similarity = {
-        m: masks[m][:, None] * z @ class_captions.T for m, z in embeddings.items() if m != "text"
-    }  # [N, C]
-    together = torch.stack(list(similarity.values())).sum(dim=0)
-    choices = {"top1": together, **{f"{m}_top1": s for m, s in similarity.items()}}
-    return {name: (s.argmax(dim=1) == labels).double().mean().item() for name, s in choices.items()}
+    accuracy = evaluation.caption_top1(embeddings, masks, captions_of, found["label"])
+    return gather.agree({"loss": loss, **accuracy}, device)
 
 
 if __name__ == "__main__":

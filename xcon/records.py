@@ -12,6 +12,7 @@ import json
 import math
 import os
 import string
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ FORMAT = "xcon-shards/1"
 
 # The paper's sentence, section 3.1, "Text Embedding". Fields: those of `ClassInfo.caption_fields`.
 PAPER_CAPTION = "This is a photograph of a bird called {name}"
+
+# What Pillow raises on a damaged file, by experience; its DecompressionBombError beside them.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
 # One row of an index: where the photograph lies in its tar, and all of the record that training needs.
 # `lon`, `lat` are degrees, `date` the fraction of the year; NaN where unknown.

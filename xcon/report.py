@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xcon import commandline, comparison, records
+from xcon import commandline, comparison, metrics, records
 
 PROGRAM = "xcon report"
 HEADINGS = (
@@ -50,13 +50,15 @@ class Settings:
             raise ValueError("RUN...: name at least one run folder")
         if self.resamples < 1:
             raise ValueError(f"--resamples {self.resamples}: at least 1 is needed")
+        if self.out is not None and not self.out.parent.is_dir():
+            raise ValueError(f"--out {self.out}: no such folder as {self.out.parent}")
         if self.out is not None and self.out.suffix not in {".md", ".json"}:
             raise ValueError(f"--out {self.out}: a name ending in .md or .json is needed")
 
 
 def row_cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table of results, in per cent; controls are top-1."""
-    controls = [_percent(row[c]["top1"]) if row["with_meta"] else "" for c in comparison.CONTROLS]
+    controls = [_percent(row[c]["top1"]) if row["with_meta"] else "" for c in metrics.CONTROLS]
     seeds = ", ".join(map(str, row["seeds"]))
     measured = [_percent(row[name]) for name in comparison.MEASURES]
     return (row["label"], f"{row['n']:,}", seeds, *measured, *controls)

@@ -3,11 +3,13 @@
 On a terminal a bar moves; in a batch log the same facts come as a line at every log step.
 """
 
+import contextlib
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,6 +25,13 @@ class Clock:
         self.start = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what happens inside: validation, saving."""
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Passes batches through and counts the time until each arrives."""
@@ -53,7 +62,13 @@ class Clock:
 
 
 class Silent:
-    """The tracker of the processes that do not report."""
+    """The tracker of the processes that do not report; a context, as the other."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def write(
         self, event: str, step: int, facts: Mapping[str, Any], timing: Mapping[str, Any] | None = None
@@ -79,7 +94,7 @@ class Tracker(Silent):
     def __init__(self, run: Path, *, step: int, total: int) -> None:
         self.log = run / LOG
         _keep_until(self.log, step)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -106,9 +121,10 @@ class Tracker(Silent):
             facts: the same in every run of the same command.
             timing: what is not.
         """
+        facts = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in facts.items()}
         line = {"event": event, "step": step, **facts, **({"timing": timing} if timing else {})}
         with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in {**facts, **(timing or {})}.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{event}/{name}", value, step)
