@@ -66,6 +66,8 @@ def work(rank: int, world_size: int, folder: str) -> None:
         "flags": gather.rows(torch.tensor([rank == 0, rank == 1, True])),
         "columns": gather.rows(torch.arange(6).view(2, 3).T + 10 * rank),  # not contiguous
         "world_size": gather.world_size(),
+        "agreed": gather.agree({"loss": 0.1 + rank, "top1": 1 / (rank + 3)}, torch.device("cpu")),
+        "statistics": statistics(rank),
         "squares": squares(rank, world_size),
     }
     for name, (labels, present) in cases(world_size).items():
@@ -87,6 +89,14 @@ def one_step(labels: Tensor, present: dict[str, Tensor], rank: int, world_size: 
         dist.all_reduce(parameter.grad)
     gradients = {name: p.grad / world_size for name, p in model.named_parameters() if p.grad is not None}
     return {**{name: term.detach() for name, term in terms.items()}, **gradients}
+
+
+def statistics(rank: int) -> Tensor:
+    """Running means of a BatchNorm that saw the rank, after they are shared."""
+    norm = nn.BatchNorm1d(1, momentum=1.0)
+    norm(torch.tensor([[float(rank)], [float(rank)]]))
+    gather.share_buffers(norm)
+    return norm.running_mean
 
 
 def squares(rank: int, world_size: int) -> dict[str, Tensor]:
@@ -168,6 +178,11 @@ def test_evaluation_has_every_record_once_in_order(found: list[dict]) -> None:
         assert result["squares"]["square"].tolist() == [i * i for i in range(SAMPLES)]
         assert result["squares"]["odd"].tolist() == [i % 2 == 1 for i in range(SAMPLES)]
         assert result["squares"]["label"].tolist() == [i % 3 for i in range(SAMPLES)]
+
+
+def test_all_take_the_first_process_s_numbers(found: list[dict]) -> None:
+    assert all(result["agreed"] == {"loss": 0.1, "top1": 1 / 3} for result in found)
+    assert all(result["statistics"].tolist() == [0.0] for result in found)
 
 
 def test_processes_know_their_number(found: list[dict]) -> None:

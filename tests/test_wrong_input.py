@@ -484,7 +484,7 @@ LATER = [
         "nowhere to write",
         "predict",
         lambda w: w.photo("--out", w.place / "no" / "a.csv"),
-        "a.csv: cannot be written (No such file or directory)",
+        "a.csv: no such folder as ",
     ),
     Case(
         "no such split",

@@ -23,6 +23,8 @@ def guarded(body: Callable[[], None], program: str) -> None:
 
     With `XCON_TRACEBACK=1` in the environment the whole traceback is shown instead.
     """
+    rank = os.environ.get("RANK", "0")
+    program += f" [rank {rank}]" if rank != "0" else ""
     try:
         body()
     except (ValueError, OSError) as error:

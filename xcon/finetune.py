@@ -64,15 +64,15 @@ def train() -> None:
     facts |= (
         {"init_method": begun.method, "init_shards_sha256": begun.shards_sha256} if begun else {"init_method": ""}
     )
-    if open_run(cfg, accelerator, **facts):
-        accelerator.print(f"{cfg.out}: this run is complete")
-        accelerator.end_training()
-        return
 
     # Model
     set_seed(cfg.seed)
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
         towers = start_from(cfg, begun) if begun else start_anew(cfg)
+    if open_run(cfg, accelerator, **facts):
+        accelerator.print(f"{cfg.out}: this run is complete")
+        accelerator.end_training()
+        return
     spec = ModelSpec(
         kind="classifier", method=facts["init_method"],
         embed_dim=towers[cfg.modalities[0]].projection.out_features, hidden=cfg.hidden,

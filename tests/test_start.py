@@ -1,0 +1,52 @@
+"""How a process starts: precision by capability, what DeepSpeed and several GPUs need."""
+
+import pytest
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
+
+from xcon import launch
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")],
+)
+def test_precision_by_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
+    """Ampere and later compute bf16; Volta and Turing only emulate it. The device is made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert launch.resolve_precision("auto") == expected
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_precision_of_a_processor(monkeypatch: pytest.MonkeyPatch, flag: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": flag})
+    assert launch.resolve_precision("auto") == expected
+
+
+def test_deepspeed_takes_no_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(launch, "native_precision", lambda: "fp16")
+    assert launch.resolve_precision("auto") == "fp32"
+    with pytest.raises(ValueError, match="--precision fp16: not under DeepSpeed"):
+        launch.resolve_precision("fp16")
+
+
+def test_synchronised_batchnorm_keeps_the_parameters_that_the_optimiser_knows() -> None:
+    network = timm.create_model("resnet10t", num_classes=0)
+    before = {name: id(parameter) for name, parameter in network.named_parameters()}
+    converted = convert_sync_batchnorm(network)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in converted.modules())
+    assert {name: id(parameter) for name, parameter in converted.named_parameters()} == before
+
+
+def test_processes_that_do_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `use_cpu: true` in a yaml of two processes does: each has a world of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: type("Alone", (), {"num_processes": 1}))
+    with pytest.raises(ValueError, match="2 processes were launched and do not meet"):
+        launch.make_accelerator("fp32", batch_size=2, clip_norm=1.0)
