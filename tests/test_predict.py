@@ -87,11 +87,13 @@ def test_every_test_record_once(run: Path, tiny_shards: Path) -> None:
 
 def test_two_processes_predict_the_same(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
     """36 records in batches of 10 on two processes: the last batch is filled up, the rows of the filling go."""
-    one = run / "predictions.parquet"
+    expected = columns(run / "predictions.parquet")  # before it is written again
     figures = json.loads((run / "metrics.json").read_text())
     two = tmp_path / "two.parquet"
-    training.torchrun("predict", run, "--shards", tiny_shards, *FLAT, "--batch-size", "10", "--out", two)
-    expected, found = columns(one), columns(two)
+    argv = [run, "--shards", tiny_shards, *FLAT, "--batch-size", "10", "--out", two]
+    told = training.torchrun("predict", *argv)
+    assert "36 of 36 test records, each evaluated once, by 2 process(es)" in told
+    found = columns(two)
     deviation = np.abs(found["scores"] - expected["scores"]).max()
     print(f"two processes: probabilities within {deviation:.1e}")  # noqa: T201
     assert deviation < 1e-5

@@ -40,13 +40,14 @@ def environment() -> dict[str, str]:
     }
 
 
-def torchrun(script: str, *argv: str | Path, processes: int = 2) -> None:
-    """Launches an entry script by path in several processes of this machine."""
+def torchrun(script: str, *argv: str | Path, processes: int = 2) -> str:
+    """Launches an entry script by path in several processes of this machine; what it printed."""
     launch = [BIN / "torchrun", "--nproc_per_node", str(processes), "--standalone", f"xcon/{script}.py"]
     done = subprocess.run(
         [*launch, *argv], cwd=ROOT, env=environment(), text=True, capture_output=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def lines(run_folder: Path, event: str | None = None) -> list[dict[str, Any]]:

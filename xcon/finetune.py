@@ -140,6 +140,7 @@ def train() -> None:
                         checkpoints.keep_weights(wrapped, at.step)
                     tracker.write("val", at.step, held_out)
                 if at.step % cfg.checkpoint_every == 0:
+                    launch.check_finite(accelerator.reduce(loss, "sum").item(), at.step)
                     checkpoints.save(at)
             tracker.advance(at.step)
             if at.exhausted(cfg.patience):
