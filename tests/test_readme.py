@@ -67,7 +67,7 @@ def run(here: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(words, cwd=here, env=environment, text=True, capture_output=True, check=False)
