@@ -71,22 +71,22 @@ def pretrain(settings: Settings, shards: Path, name: str, seed: int) -> None:
     """One pre-training."""
     clip = ["--modalities", "image", "text", "--matching", "diagonal"] if name == CLIP else []
     out = settings.out / f"{name}-{seed}"
-    weights = ["--image-weights", settings.weights]
-    run("xcon", "pretrain", "laptop", *common(shards, out, seed), *weights, *clip)
+    run("xcon", "pretrain", "laptop", *common(shards, out, seed), *imagenet(settings), *clip)
 
 
 def classify(settings: Settings, shards: Path, name: str, seed: int) -> None:
     """One fine-tuning and its evaluation."""
     init, modalities = SYSTEMS[name]
     out = settings.out / f"{name}-{seed}"
-    start = (
-        ["--init", settings.out / f"{init}-{seed}"]
-        if init
-        else ["--image-weights", settings.weights, "--epochs", str(EPOCHS)]
-    )
+    start = ["--init", settings.out / f"{init}-{seed}"] if init else [*imagenet(settings), "--epochs", str(EPOCHS)]
     run("xcon", "finetune", "laptop", *common(shards, out, seed), "--modalities", *modalities, *start)
     if not (out / "metrics.json").is_file():
         run("xcon", "predict", out, "--shards", shards, "--workers", "0")
+
+
+def imagenet(settings: Settings) -> list[str | Path]:
+    """The weights that every system starts from, and how their network pads."""
+    return ["--image-weights", settings.weights, "--image-options", "pad_type", "same"]
 
 
 def common(shards: Path, out: Path, seed: int) -> list[str | Path]:

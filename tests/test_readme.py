@@ -17,6 +17,8 @@ BIN = Path(sys.executable).parent
 SMALL = ["--epochs", "1", "--image-backbone", "test_resnet", "--image-size", "64", "--workers", "0"]
 SMALL_START = [*SMALL, "--image-weights", "none", "--text-model", "small-distilbert"]
 CHANGED = {
+    "xcon pretrain laptop": ["--epochs", "1", "--image-backbone", "test_resnet", "--image-size", "64"],
+    "xcon finetune laptop": ["--epochs", "1", "--image-size", "64"],
     "accelerate launch xcon/pretrain.py paper": SMALL_START,
     "accelerate launch xcon/finetune.py paper": SMALL,
     "accelerate launch --config_file accelerate_configs/ddp.yaml xcon/pretrain.py demo": ["--epochs", "1"],

@@ -453,7 +453,7 @@ LATER = [
         "noise.jpg: ",
     ),
     Case("half a photograph", "predict", lambda w: w.photo(w.write("half.jpg", jpeg()[:900])), "half.jpg: "),
-    Case("a folder", "predict", lambda w: w.photo(w.place), "no such file"),
+    Case("a folder", "predict", lambda w: w.photo(w.place), "a folder; give its files"),
     Case(
         "lat 95",
         "predict",

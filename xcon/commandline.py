@@ -6,6 +6,7 @@ Imports nothing heavy, so that wrong usage is answered at once by whatever impor
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -33,7 +34,7 @@ def guarded(body: Callable[[], None], program: str) -> None:
         complain(program, str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        complain(program, "interrupted")
+        complain(program, "interrupted; the same command given again goes on from what is whole")
         raise SystemExit(130) from None
 
 
@@ -79,4 +80,4 @@ def one_line(box: str) -> str:
             sections[-1].append(text)
     message, *others = [" ".join(words) for words in sections if words]
     known = [text for text in others if text.startswith("Available subcommands")]
-    return ". ".join([message, *known])
+    return ". ".join([re.sub(r"^Error parsing [A-Z]\w*: ", "", message), *known])

@@ -105,6 +105,8 @@ def load(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json here, so not a run folder")
     made = config.read_json(folder / "config.json")
+    if made.get("command") == "pretrain":
+        raise ValueError(f"{folder}: a pre-trained run; fine-tune it (--init) and evaluate that with xcon predict")
     _check_names(folder / "config.json", made, ("seed", "modalities", "recipe", "init", "init_method"))
     for name in ("metrics.json", "predictions.parquet"):
         if not (folder / name).is_file():

@@ -227,8 +227,7 @@ _DEMO: dict[str, Any] = dict(
     image_lr=2e-3, meta_lr=2e-3, head_lr=2e-3, weight_decay=1e-3, log_every=5,
 )  # fmt: skip
 _LAPTOP: dict[str, Any] = dict(
-    image_backbone="mobilenetv2_100", image_options={"pad_type": "same"}, image_size=128, batch_size=64,
-    weight_decay=1e-3, log_every=5,
+    image_backbone="mobilenetv2_100", image_size=128, batch_size=64, weight_decay=1e-3, log_every=5,
 )  # fmt: skip
 
 PRETRAIN: dict[str, tuple[str, PretrainConfig]] = {
@@ -254,8 +253,8 @@ PRETRAIN: dict[str, tuple[str, PretrainConfig]] = {
     ),
     "laptop": (
         """The paper's method at a size for two cores: MobileNetV2 at 128 px, a small untrained text model.
-        Command: xcon pretrain laptop --shards birds37 --image-weights FILE --out runs/laptop
-        Expected: the README's table of real photographs.""",
+        Command: xcon pretrain laptop --shards DIR --image-weights FILE --out runs/laptop
+        Expected: benchmarks/real_photographs.py and the README's table, which it makes.""",
         PretrainConfig(
             **_LAPTOP, text_model="small-distilbert", epochs=10, text_lr=3e-4, meta_lr=1e-3, image_lr=3e-4,
             temperature=0.07,
@@ -287,8 +286,8 @@ FINETUNE: dict[str, tuple[str, FinetuneConfig]] = {
     ),
     "laptop": (
         """Classification at a size for two cores; --modalities image for the image alone.
-        Command: xcon finetune laptop --shards birds37 --init runs/laptop --out runs/laptop-classifier
-        Expected: the README's table of real photographs.""",
+        Command: xcon finetune laptop --shards DIR --init runs/laptop --out runs/laptop-classifier
+        Expected: benchmarks/real_photographs.py and the README's table, which it makes.""",
         FinetuneConfig(**_LAPTOP, epochs=6, meta_lr=1e-3, image_lr=3e-4, dropout=0.2, label_smoothing=0.1),
     ),
     "demo": (
@@ -323,7 +322,10 @@ def parse_recipe(recipes: Mapping[str, tuple[str, Any]], program: str) -> tuple[
         raise ValueError(f"no recipe {name!r}: one of {', '.join(recipes)}, or the config.json of a run")
     with one_line_errors(program):
         settings = tyro.extras.overridable_config_cli(choices, prog=program, args=arguments)
-    check_used(settings, choices[name][1])
+    recipe = choices[name][1]
+    check_used(settings, recipe)
+    if isinstance(settings, FinetuneConfig) and settings.init and settings.image_backbone == recipe.image_backbone:
+        settings = dataclasses.replace(settings, image_backbone=None)  # the recipe's gives way to that of --init
     return name, settings
 
 

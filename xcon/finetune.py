@@ -152,6 +152,7 @@ def train() -> None:
         checkpoints.keep_weights(wrapped, at.step)
     if accelerator.is_main_process:
         model.save(cfg.out, spec, checkpoints.weights(at.best_step or at.step).read_bytes())
+    accelerator.print(f"{cfg.out}: complete, the weights of step {at.best_step or at.step}")
     accelerator.end_training()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
@@ -85,6 +85,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except UnidentifiedImageError:
+        raise ValueError("not an image that decodes (of no format that Pillow knows)") from None
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image that decodes ({error})") from None
 

@@ -89,7 +89,7 @@ def held_constant(network: Classifier, spec: ModelSpec, photo: Path | None) -> d
         ValueError: the run sees no metadata, the photograph is missing or not wanted, or does not decode.
     """
     if spec.meta is None:
-        raise ValueError("RUN: it sees photographs only, all places are alike to it; one with meta is needed")
+        raise ValueError("this run sees photographs only, all places are alike to it; one with meta is needed")
     if (spec.image is None) != (photo is None):
         raise ValueError(f"--image: this run sees {'no photograph' if photo else 'a photograph, name one'}")
     if spec.image is None or photo is None:

@@ -201,11 +201,15 @@ def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: 
         for file, values, ids in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
             for n, (c, p) in enumerate(zip(ids, values, strict=True), start=1):
                 info = {name: spec.classes[c][name] for name in ("raw_class_id", "name")}
-                rows.append({"file": str(file), "rank": n, "class_id": c, **info, "probability": p})
+                told = {"lon": settings.lon, "lat": settings.lat, "date": settings.date}
+                rows.append({"file": str(file), **told, "rank": n, "class_id": c, **info, "probability": p})
     if not accelerator.is_main_process:
         return
     if settings.out:
         write_table(pa.Table.from_pylist(rows), settings.out)
+        Console().print(
+            f"{len(settings.files)} photographs ranked: {settings.out}", highlight=False, soft_wrap=True
+        )
     else:
         show(rows)
 
@@ -217,6 +221,8 @@ def read(file: Path) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: it does not decode; the message names it.
     """
+    if file.is_dir():
+        raise ValueError(f"{file}: a folder; give its files, as {file}/*.jpg")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     try:
@@ -229,7 +235,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Prints the ranking."""
     table = Table("file", "rank", "class", "probability")
     for row in rows:
-        table.add_row(row["file"], str(row["rank"]), row["name"], f"{row['probability']:.3f}")
+        table.add_row(Path(row["file"]).name, str(row["rank"]), row["name"], f"{row['probability']:.3f}")
     Console().print(table)
 
 

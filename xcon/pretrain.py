@@ -126,6 +126,7 @@ def train() -> None:
         if tokenizer:
             tokenizer.save_pretrained(cfg.out / "tokenizer")
         model.save(cfg.out, spec, checkpoints.weights(at.best_step or at.step).read_bytes())
+    accelerator.print(f"{cfg.out}: complete, the weights of step {at.best_step or at.step}")
     accelerator.end_training()
 
 

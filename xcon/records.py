@@ -271,7 +271,9 @@ class Card:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; xcon-shards build makes a shard set")
         if not path.is_file():
-            raise FileNotFoundError(f"{folder}: no {CARD_NAME} here, so no whole shard set: build it again")
+            raise FileNotFoundError(
+                f"{folder}: no {CARD_NAME} here, so no whole shard set; xcon-shards build makes one"
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
