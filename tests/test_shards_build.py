@@ -202,7 +202,7 @@ def test_an_interrupted_build_leaves_nothing(release, tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(photographs, "fit", interrupted)
     assert build(release, tmp_path / "set", "--samples-per-shard", "5") == 130
-    assert capsys.readouterr().err == "xcon-shards: interrupted; nothing half-written is left\n"
+    assert capsys.readouterr().err == "xcon-shards: interrupted; give the same command again\n"
     assert list(tmp_path.iterdir()) == []
 
 

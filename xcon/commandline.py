@@ -34,7 +34,7 @@ def guarded(body: Callable[[], None], program: str) -> None:
         complain(program, str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        complain(program, "interrupted; the same command given again goes on from what is whole")
+        complain(program, "interrupted; give the same command again")
         raise SystemExit(130) from None
 
 

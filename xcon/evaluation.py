@@ -1,15 +1,20 @@
 """Evaluation over all processes: every record of a split exactly once, in the order of the split."""
 
+import io
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from xcon import gather, metrics
+from xcon import gather, metrics, records
 from xcon.classifier import Classifier
 from xcon.loader import Batch, to_device
 from xcon.shardset import Split
@@ -107,3 +112,16 @@ def caption_top1(
     together = torch.stack(list(similarity.values())).sum(dim=0)
     choices = {"top1": together, **{f"{m}_top1": s for m, s in similarity.items()}}
     return {name: (s.argmax(dim=1) == labels).double().mean().item() for name, s in choices.items()}
+
+
+def write_table(table: pa.Table, out: Path) -> None:
+    """Writes a table by the ending of its name: .csv, .json (a list of objects) or .parquet."""
+    buffer = io.BytesIO()
+    if out.suffix == ".parquet":
+        pq.write_table(table, buffer, compression="zstd")
+    elif out.suffix == ".csv":
+        pyarrow.csv.write_csv(table, buffer)
+    else:
+        buffer.write((json.dumps(table.to_pylist(), indent=1) + "\n").encode())
+    with records.atomic_write(out) as file:
+        file.write(buffer.getvalue())

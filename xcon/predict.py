@@ -7,7 +7,6 @@ Both work under `accelerate launch`; every record of a split is evaluated exactl
 """
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 import tyro
 from accelerate import Accelerator
@@ -157,7 +154,7 @@ def evaluate(
     suffix = "" if split.name == "test" else f"-{split.name}"
     table, out = evaluation.prediction_table(split, probabilities), settings.run / f"predictions{suffix}.parquet"
     for path in (out, settings.out) if settings.out else (out,):
-        write_table(table, path)
+        evaluation.write_table(table, path)
     with records.atomic_write(settings.run / f"metrics{suffix}.json") as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
     Console().print(
@@ -206,7 +203,7 @@ def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: 
     if not accelerator.is_main_process:
         return
     if settings.out:
-        write_table(pa.Table.from_pylist(rows), settings.out)
+        evaluation.write_table(pa.Table.from_pylist(rows), settings.out)
         Console().print(
             f"{len(settings.files)} photographs ranked: {settings.out}", highlight=False, soft_wrap=True
         )
@@ -237,19 +234,6 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(Path(row["file"]).name, str(row["rank"]), row["name"], f"{row['probability']:.3f}")
     Console().print(table)
-
-
-def write_table(table: pa.Table, out: Path) -> None:
-    """Writes a table by the ending of its name: .csv, .json (a list of objects) or .parquet."""
-    buffer = io.BytesIO()
-    if out.suffix == ".parquet":
-        pq.write_table(table, buffer, compression="zstd")
-    elif out.suffix == ".csv":
-        pyarrow.csv.write_csv(table, buffer)
-    else:
-        buffer.write((json.dumps(table.to_pylist(), indent=1) + "\n").encode())
-    with records.atomic_write(out) as file:
-        file.write(buffer.getvalue())
 
 
 if __name__ == "__main__":
