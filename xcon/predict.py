@@ -54,7 +54,7 @@ class Settings:
     date: str | None = None
     """Day of the photographs, as an ISO date."""
     out: Path | None = None
-    """The ranking is written here, or a copy of RUN/predictions.parquet: .csv, .json or .parquet."""
+    """The ranking is written here (.csv, .json, .parquet), or a copy of RUN/predictions.parquet (not .csv)."""
     top: int | None = None
     """Classes to list per photograph; 5 where none is given."""
     batch_size: int = 64
@@ -78,8 +78,9 @@ class Settings:
             raise ValueError("--lon, --lat, --date and --top are for photographs; a shard set has its own places")
         if self.files and self.split:
             raise ValueError("--split is for a shard set; photographs have none")
-        if self.out and self.out.suffix not in FORMATS:
-            raise ValueError(f"--out {self.out}: a name ending in {' or '.join(FORMATS)} is needed")
+        formats = FORMATS[1:] if self.shards else FORMATS  # scores of all classes are no column of a .csv
+        if self.out and self.out.suffix not in formats:
+            raise ValueError(f"--out {self.out}: a name ending in {' or '.join(formats)} is needed")
         if self.out and not self.out.parent.is_dir():
             raise ValueError(f"--out {self.out}: no such folder as {self.out.parent}")
         records.check_place(lon=self.lon, lat=self.lat)
