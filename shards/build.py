@@ -32,7 +32,6 @@ from shards.plan import BrokenPhotographError, Plan, count
 from shards.progress import progress
 from xcon.records import (
     CARD_NAME,
-    INDEX_COLUMNS,
     SPLITS,
     Card,
     ClassInfo,
@@ -41,6 +40,7 @@ from xcon.records import (
     atomic_write,
     caption,
     index_name,
+    index_schema,
     year_fraction,
 )
 
@@ -275,11 +275,6 @@ def index_row(record: Record, text: str, *, offset: int, size: int) -> dict[str,
         "date": year_fraction(record.date),
         "caption": text,
     }
-
-
-def index_schema() -> pa.Schema:
-    """The columns of an index as Arrow types."""
-    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in INDEX_COLUMNS.items()])
 
 
 def _index(rows: list[dict[str, Any]]) -> bytes:

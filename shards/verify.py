@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from shards.build import SHARD_NAME, index_row, index_schema
+from shards.build import SHARD_NAME, index_row
 from shards.photographs import fit
 from shards.plan import BrokenPhotographError
 from shards.progress import progress
-from xcon.records import INDEX_COLUMNS, SPLITS, Card, ClassInfo, Record, Shard
+from xcon.records import INDEX_COLUMNS, SPLITS, Card, ClassInfo, Record, Shard, index_schema
 
 _MEMBERS = ("jpg", "txt", "json")
 _ANY_SIZE = 1 << 30  # pixels: nothing is made smaller here

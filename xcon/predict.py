@@ -127,11 +127,12 @@ def evaluate(
         Records(split, tuple(network.towers), transform), share, batch_size=settings.batch_size
     )
     # Metadata of another record drawn at random: what the model makes of a place says nothing of the bird then.
-    others = torch.from_numpy(split.place[np.random.default_rng(0).permutation(len(split))]).float()
+    permuted = split.place[np.random.default_rng(0).permutation(len(split))]
+    others = torch.from_numpy(permuted).float().to(accelerator.device)
 
     def score(batch: Batch) -> dict[str, Tensor]:
         with launch.autocast(accelerator, settings.precision):
-            return evaluation.with_controls(network, batch, others.to(accelerator.device))
+            return evaluation.with_controls(network, batch, others)
 
     shown = track(
         batches, f"{split.name} split", console=Console(stderr=True), disable=not accelerator.is_main_process

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+
 SPLITS = ("train", "val", "test")
 CARD_NAME = "dataset.json"
 FORMAT = "xcon-shards/1"
@@ -180,6 +182,11 @@ class ClassInfo:
             "family": self.hierarchy[0] if self.hierarchy else None,
         }
         return {field: value for field, value in known.items() if value}
+
+
+def index_schema() -> pa.Schema:
+    """The columns of an index as Arrow types."""
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in INDEX_COLUMNS.items()])
 
 
 def caption(template: str, info: ClassInfo) -> str:

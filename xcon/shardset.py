@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xcon.records import INDEX_COLUMNS, Card
+from xcon.records import INDEX_COLUMNS, Card, index_schema
 
 
 class ShardSet:
@@ -136,5 +136,4 @@ def _read_indices(folder: Path, card: Card, split: str) -> pa.Table:
         if table.num_rows != shard.samples:
             raise ValueError(f"{index}: {table.num_rows} records, the card says {shard.samples}")
         tables.append(table)
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in INDEX_COLUMNS.items()])
-    return pa.concat_tables(tables) if tables else schema.empty_table()
+    return pa.concat_tables(tables) if tables else index_schema().empty_table()
