@@ -1,21 +1,31 @@
 """What processes exchange: the only module that uses `torch.distributed`.
 
-The loss of the global batch, exact on every process, for gradients that DDP and ZeRO average.
+The losses of the global batch, exact on every process, with gradients that DDP, ZeRO and FSDP average: the mean
+over processes of the parameter gradients is what one process would compute with all rows, the scale's included.
+Nothing is sent in the backward pass.
 
-Every process gathers the rows of all W processes and computes the whole loss L. The gather's backward gives W
-dL/dz to the process that owns a row, the sum of W equal gradients, and sends nothing; the scale gets dL/ds. The
-mean over processes that DDP and ZeRO take then gives dL/dz and dL/ds exactly: the factor W of the rows cancels
-because each row lives on one process, and the scale lives on all of them.
+Small batches: every process gathers all rows and computes the whole loss L. The gather's backward gives W dL/dz to
+the process that owns a row, the sum of W equal gradients; the scale gets dL/ds. In the mean the factor W of the
+rows cancels, because each row lives on one process and the scale lives on all of them.
+
+Large batches: every process computes the log-sum-exps of its own rows against all columns, in blocks, and gathers
+the others'. With them it knows the gradient of its own rows completely, and its part of the scale's.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from xcon import losses
+from xcon import contrast, losses
+from xcon.contrast import Members, Softmax, Standing
+
+# Legend: W processes, b rows here, D width, K vectors of a modality on all processes, k of them here, V views.
 
 
 def cross_contrastive(
@@ -24,37 +34,55 @@ def cross_contrastive(
     scale: Tensor,
     *,
     present: Mapping[str, Tensor] | None = None,
+    classes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """`losses.cross_contrastive` of the rows of all processes; see there.
 
-    Every process must call it with the same number of rows and the same modalities. The mean over processes
-    of the parameter gradients equals the gradients that one process would compute with all rows.
+    Every process must call it with as many rows and vectors and the same modalities.
 
     Args:
         embeddings: modality -> unit vectors `[b, D]`, the rows of this process.
         labels: `[b]` integers.
-        scale: 1 / temperature, the same scalar on all processes.
+        scale: 1 / temperature, the same positive scalar on all processes.
         present: modality -> `[b]` bool, the rows that have it.
+        classes: modality -> `[k]` labels of its vectors `[k, D]`: this process's part of those that the labels of
+            the global batch need.
 
     Returns:
         The losses of the global batch, equal on all processes.
     """
-    return losses.cross_contrastive(
-        {modality: _rows_with_gradient(vectors) for modality, vectors in embeddings.items()},
-        rows(labels),
-        scale,
-        present={modality: rows(mask) for modality, mask in (present or {}).items()},
-    )
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """The rows of all processes in order of rank, `[b, ...]` -> `[W b, ...]`, without gradient."""
     if world_size() == 1:
-        return tensor
-    mine = tensor.contiguous()
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]  # NCCL refuses strided ones
-    dist.all_gather(parts, mine)
-    return torch.cat(parts)
+        return losses.cross_contrastive(embeddings, labels, scale, present=present, classes=classes)
+    batch = _Batch(labels, present or {}, classes or {})
+    losses.check(embeddings, batch.labels, batch.present, batch.classes)
+    if world_size() * len(labels) <= losses.TABLE_ROWS:
+        vectors, everyones = _gather_batch(embeddings, batch)
+        return losses.cross_contrastive(
+            vectors, everyones.labels, scale, present=everyones.present, classes=everyones.classes
+        )
+    with torch.autocast(labels.device.type, enabled=False):
+        vectors, scale = losses.widened(embeddings, scale)
+        found = _Blocks.apply(scale, batch, tuple(vectors), *vectors.values())
+        return losses.named(losses.pairs_of(vectors), list(zip(found[::2], found[1::2], strict=True)))
+
+
+def supcon(views: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """`losses.supcon` of the views `[b, V, D]` and labels `[b]` of all processes; see there."""
+    vectors, everyones = _gather_batch({"views": views}, _Batch(labels, {}, {}))
+    return losses.supcon(vectors["views"], everyones.labels, scale)
+
+
+def siglip(
+    embeddings: Mapping[str, Tensor],
+    labels: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    present: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """`losses.siglip` of the rows of all processes; see there."""
+    vectors, everyones = _gather_batch(embeddings, _Batch(labels, present or {}, {}))
+    return losses.siglip(vectors, everyones.labels, scale, bias, present=everyones.present)
 
 
 def agree(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
@@ -85,25 +113,153 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _rows_with_gradient(tensor: Tensor) -> Tensor:
-    """As `rows`, and differentiable."""
-    return tensor if world_size() == 1 else _Gather.apply(tensor)
+# --------------------------------------------------------------------------------------------------------
+# Gathering
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The rows of all processes in order of rank, `[b, ...]` -> `[W b, ...]`, without gradient."""
+    return _gathered([tensor])[0]
+
+
+def _gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`rows` of several tensors of any types, in one collective."""
+    if world_size() == 1:
+        return list(tensors)
+    pieces = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    mine = torch.cat(pieces)
+    everyones = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyones, mine)
+    parts = zip(*(part.split([len(piece) for piece in pieces]) for part in everyones), strict=True)
+    return [
+        torch.cat(part).view(tensor.dtype).view(-1, *tensor.shape[1:])
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Arguments of `cross_contrastive` that have no gradient."""
+
+    labels: Tensor
+    present: Mapping[str, Tensor]
+    classes: Mapping[str, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.labels, *self.present.values(), *self.classes.values()]
+
+    def of(self, tensors: Sequence[Tensor]) -> "_Batch":
+        """The same of other rows: what `tensors` gave, gathered."""
+        labels, *others = tensors
+        present = dict(zip(self.present, others, strict=False))
+        return _Batch(labels, present, dict(zip(self.classes, others[len(present) :], strict=True)))
+
+
+def _gather_batch(embeddings: Mapping[str, Tensor], batch: _Batch) -> tuple[dict[str, Tensor], _Batch]:
+    """The vectors and the rest of all processes, the vectors with gradient."""
+    parts = _Gather.apply(len(embeddings), *embeddings.values(), *batch.tensors())
+    return dict(zip(embeddings, parts, strict=False)), batch.of(parts[len(embeddings) :])
 
 
 class _Gather(torch.autograd.Function):
-    """`rows`; its backward gives each process W times the gradient of its own rows.
+    """`_gathered`; its backward gives each process W times the gradient of its own rows of the first tensors.
 
     That is the sum over processes that a gather calls for: all of them compute the same loss of the same rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """`[b, D]` -> `[W b, D]`."""
-        ctx.rows = len(tensor)
-        return rows(tensor)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`[b, ...]` -> `[W b, ...]` each; the first `count` are differentiable."""
+        found = [everyones.view_as(everyones) for everyones in _gathered(tensors)]
+        ctx.lengths = [len(tensor) for tensor in tensors[:count]]
+        ctx.mark_non_differentiable(*found[count:])
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """`[W b, D]` -> `[b, D]`."""
-        own = gradients[0][dist.get_rank() * ctx.rows :][: ctx.rows]
-        return world_size() * own  # the sum over W processes of equal gradients, without asking them
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """`[W b, ...]` -> `[b, ...]` each."""
+        own = [world_size() * g[_own(b)] for g, b in zip(gradients, ctx.lengths, strict=False)]
+        return None, *own, *(None for _ in gradients[len(own) :])
+
+
+def _own(length: int) -> slice:
+    """This process's part of what all processes gathered, `length` from each."""
+    start = dist.get_rank() * length if dist.is_initialized() else 0
+    return slice(start, start + length)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Large batches
+
+
+class _Side:
+    """One modality of a pair: the vectors of all processes that take part in it, and which of them are here.
+
+    Args:
+        own: `[k, D]`.
+        everyones: `[K, D]`.
+        kept: `[K]` bool, those that take part.
+        members: what all K stand for.
+    """
+
+    def __init__(self, own: Tensor, everyones: Tensor, kept: Tensor, members: Members) -> None:
+        self.mine = _own(len(own))
+        self.kept, self.own_kept = kept, kept[self.mine]
+        self.vectors, self.members = contrast.take(everyones, kept), members[kept]
+        self.own, self.own_members = contrast.take(own, self.own_kept), members[self.mine][self.own_kept]
+
+    def lse(self, other: "_Side", scale: Tensor) -> Tensor:
+        """`[k]` log-sum-exps of this process's vectors over the other modality's; zero where they take no part."""
+        found = self.own.new_zeros(len(self.own_kept))
+        if len(self.own):
+            found[self.own_kept] = contrast.row_lse(self.own, other.vectors, scale, other.members)
+        return found
+
+    def gradient(self, other: "_Side", scale: Tensor, softmax: Softmax) -> Tensor:
+        """DL of this process's vectors that take part, from the softmax of all K and the other modality's."""
+        row, column = softmax.row[self.mine][self.own_kept], softmax.column[other.kept]
+        local = Softmax(row, column, softmax.g, softmax.h)
+        return contrast.row_gradient(self.own, other.vectors, scale, local, self.own_members, other.members)
+
+
+class _Blocks(torch.autograd.Function):
+    """The losses of the global batch by blocks: two gathers forward, none backward."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, batch: _Batch, names: Sequence[str], *own: Tensor) -> tuple[Tensor, ...]:
+        """`[k, D]` for each name -> `L_{a->b}` and `L_{b->a}`, scalars, for each pair of names."""
+        parts = _gathered([*own, *batch.tensors()])
+        everyones = batch.of(parts[len(names) :])
+        standing = Standing(everyones.labels, everyones.present, everyones.classes)
+        ctx.pairs = []
+        for pair in itertools.combinations(range(len(names)), 2):
+            kept = standing.pair(*(names[i] for i in pair))
+            ctx.pairs.append((pair, [_Side(own[i], parts[i], *k) for i, k in zip(pair, kept, strict=True)]))
+        ctx.lse = _gathered([lse for _, (a, b) in ctx.pairs for lse in (a.lse(b, scale), b.lse(a, scale))])
+        ctx.save_for_backward(scale, *own)
+        found: list[Tensor] = []
+        for (_, (a, b)), row, column in zip(ctx.pairs, ctx.lse[::2], ctx.lse[1::2], strict=True):
+            found += contrast.from_lse(
+                a.vectors, b.vectors, scale, a.members, b.members, row=row[a.kept], column=column[b.kept]
+            )
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the losses -> W times those of this process's vectors, and its part of the scale's."""
+        scale, *own = ctx.saved_tensors
+        found = [torch.zeros_like(vectors) for vectors in own]
+        along = torch.zeros_like(scale)  # s dL/ds: the sum of <a_k, dL/da_k>
+        with torch.autocast(scale.device.type, enabled=False):
+            for number, ((i, j), (a, b)) in enumerate(ctx.pairs):
+                if not len(a.vectors):
+                    continue
+                part = slice(2 * number, 2 * number + 2)
+                (row, column), (g, h) = ctx.lse[part], gradients[part]
+                da = a.gradient(b, scale, Softmax(row, column, g, h))
+                db = b.gradient(a, scale, Softmax(column, row, h, g))
+                along += torch.dot(a.own.flatten(), da.flatten())
+                found[i][a.own_kept] += da
+                found[j][b.own_kept] += db
+        return world_size() * along / scale, None, None, *(world_size() * d for d in found)

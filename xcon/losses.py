@@ -1,17 +1,48 @@
-"""The label-matched cross-contrastive loss (paper, section 3.1, "Loss Function"), as pure functions.
+"""The label-matched cross-contrastive loss (paper, section 3.1, "Loss Function") and its relatives.
 
-Unit vectors, labels and a scale go in, numbers come out: no rank, no device, no settings. For several
-processes see `xcon.gather`, which has the same arguments and the same result.
+Pure functions: unit vectors, labels and a scale go in, numbers come out; no rank, no device, no settings.
+`by_definition` says what the loss is; `cross_contrastive` computes the same numbers and gradients faster, with
+memory that grows with the batch and not with its square, as `xcon.contrast` explains. For several processes see
+`xcon.gather`, which has the same arguments and results.
 """
 
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 
-# Legend: N rows of the batch, b of them at hand, D width of the shared space, C classes.
+from xcon.contrast import PairLoss, Standing, TableLoss, take, valid_rows, vector_of_rows
+
+# Legend: N rows of the batch, b of them at hand, D width, C classes, K vectors, P pairs of modalities, V views.
+
+# Up to here whole tables of similarities are faster than blocks of them; benchmarks/loss.py measures both.
+TABLE_ROWS = 512
+
+
+def by_definition(
+    embeddings: Mapping[str, Tensor],
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    present: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """`cross_contrastive` as the paper writes it: the reference of the tests, for reading rather than running.
+
+    For each ordered pair of modalities, the cross-entropy of each row's similarities against the even distribution
+    over the rows of its class: L_{I,T} of section 3.1 and its five siblings, whose sums over the batch are read as
+    means.
+    """
+    losses = {}
+    for a, b in itertools.permutations(embeddings, 2):
+        rows = valid_rows(labels, present or {}, a, b)  # [N]
+        logits = scale * embeddings[a][rows] @ embeddings[b][rows].T  # [n, n]
+        positive = (labels[rows, None] == labels[rows]).to(logits.dtype)  # [n, n]
+        targets = positive / positive.sum(dim=1, keepdim=True)
+        losses[f"{a}->{b}"] = cross_entropy(logits, targets) if rows.any() else logits.sum()
+    return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
 
 def cross_contrastive(
@@ -20,73 +51,192 @@ def cross_contrastive(
     scale: Tensor,
     *,
     present: Mapping[str, Tensor] | None = None,
+    classes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The loss of every ordered pair of modalities, and their sum.
 
-    For three modalities these are the paper's six terms, L_total of section 3.1. Give every row a label of
-    its own, and each pair is CLIP's loss (its figure 4) without the factor one half.
+    For three modalities these are the paper's six terms, L_total of section 3.1. Computed in float32 or wider,
+    under autocast too; bring vectors of half precision to unit length in float32.
 
     Args:
         embeddings: modality -> unit vectors `[N, D]`, at least two modalities.
         labels: `[N]` integers; rows of equal label are positives of each other, in all modalities.
-        scale: 1 / temperature, a scalar.
-        present: modality -> `[N]` bool, the rows that have it; all rows where a modality is not named.
-            A pair is computed on the rows that have both of its modalities.
+        scale: 1 / temperature, a positive scalar.
+        present: modality -> `[N]` bool, the rows that have it; all rows where a modality is not named. A pair is
+            computed on the rows that have both of its modalities; what stands in the others does not matter.
+        classes: modality -> `[K]` the label of each of its vectors, for a modality whose rows share one vector per
+            label, as captions do: its embeddings are `[K, D]`. Every label of the batch comes once; others take no
+            part and may stand for padding.
 
     Returns:
-        `"a->b"` -> the mean over the rows, a scalar, for every ordered pair, then `"total"`, their sum. A
-        pair that no row has both modalities of is zero.
+        `"a->b"` -> the mean over the rows, a scalar, for every ordered pair, then `"total"`, their sum. A pair
+        that no row has both modalities of is zero.
 
     Raises:
-        ValueError: fewer than two modalities, sizes that do not agree, or a mask that is none of theirs.
+        ValueError: fewer than two modalities, sizes that do not agree, a mask that is none of theirs, or a label
+            that `classes` does not have exactly once.
     """
-    present = present or {}
-    _check(embeddings, labels, present)
-    everyone = torch.ones_like(labels, dtype=torch.bool)
-    losses = {}
-    for a, b in itertools.combinations(embeddings, 2):
-        rows = present.get(a, everyone) & present.get(b, everyone)  # [N]
-        similarity = scale * embeddings[a][rows] @ embeddings[b][rows].T  # [n, n]
-        positive = labels[rows, None] == labels[None, rows]  # [n, n]
-        losses[f"{a}->{b}"] = _matched(similarity, positive)
-        losses[f"{b}->{a}"] = _matched(similarity.T, positive)
-    return {**losses, "total": torch.stack(list(losses.values())).sum()}
+    present, classes = present or {}, classes or {}
+    check(embeddings, labels, present, classes)
+    with torch.autocast(labels.device.type, enabled=False):
+        vectors, scale = widened(embeddings, scale)
+        compute = _by_tables if len(labels) <= TABLE_ROWS else _by_blocks
+        return named(pairs_of(vectors), compute(vectors, labels, scale, present, classes))
 
 
-def _matched(logits: Tensor, positive: Tensor) -> Tensor:
-    """Cross-entropy of each row against the even distribution over its positives; the mean over rows.
-
-    The paper's L_{I,T}, divided by the number of rows: its sum over the batch is read as a mean.
-
-    Args:
-        logits: `[n, n]`.
-        positive: `[n, n]` bool; the diagonal is true, so no row is without a positive.
-    """
-    if logits.numel() == 0:
-        return logits.sum()  # zero, and still part of the graph
-    log_probability = logits.log_softmax(dim=1)  # [n, n]
-    per_row = -(log_probability * positive).sum(dim=1) / positive.sum(dim=1)  # [n]
-    return per_row.mean()
+def _by_tables(
+    vectors: Mapping[str, Tensor], labels: Tensor, scale: Tensor, present: Mapping[str, Tensor],
+    classes: Mapping[str, Tensor],
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    pairs = pairs_of(vectors)
+    rows = {m: z[vector_of_rows(labels, classes[m])] if m in classes else z for m, z in vectors.items()}  # [N, D]
+    valid = torch.stack([valid_rows(labels, present, a, b) for a, b in pairs])  # [P, N]
+    first, second = (torch.stack([rows[pair[side]] for pair in pairs]) for side in (0, 1))  # [P, N, D]
+    forth, back = TableLoss.apply(first, second, scale, labels, valid)  # [P], [P]
+    return list(zip(forth.unbind(), back.unbind(), strict=True))
 
 
-def _check(embeddings: Mapping[str, Tensor], labels: Tensor, present: Mapping[str, Tensor]) -> None:
+def _by_blocks(
+    vectors: Mapping[str, Tensor], labels: Tensor, scale: Tensor, present: Mapping[str, Tensor],
+    classes: Mapping[str, Tensor],
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    standing = Standing(labels, present, classes)
+    found = []
+    for a, b in pairs_of(vectors):
+        (a_kept, a_members), (b_kept, b_members) = standing.pair(a, b)
+        z_a, z_b = take(vectors[a], a_kept), take(vectors[b], b_kept)
+        if len(z_a) > 0:
+            found.append(PairLoss.apply(z_a, z_b, scale, a_members[a_kept], b_members[b_kept]))
+        else:
+            zero = z_a.sum() + z_b.sum() + 0 * scale  # part of the graph
+            found.append((zero, zero))
+    return found
+
+
+def widened(embeddings: Mapping[str, Tensor], scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The vectors and the scale in one type, float32 or wider."""
+    dtype = functools.reduce(torch.promote_types, (z.dtype for z in embeddings.values()), torch.float32)
+    return {m: z.to(dtype) for m, z in embeddings.items()}, scale.to(dtype)
+
+
+def pairs_of(embeddings: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The unordered pairs of modalities."""
+    return list(itertools.combinations(embeddings, 2))
+
+
+def named(pairs: Sequence[tuple[str, str]], losses: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The losses of each pair in both directions, by name, and `"total"`, their sum."""
+    terms: dict[str, Tensor] = {}
+    for (a, b), (forth, back) in zip(pairs, losses, strict=True):
+        terms |= {f"{a}->{b}": forth, f"{b}->{a}": back}
+    return {**terms, "total": torch.stack(list(terms.values())).sum()}
+
+
+def check(
+    embeddings: Mapping[str, Tensor], labels: Tensor, present: Mapping[str, Tensor], classes: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError where the arguments of `cross_contrastive` do not agree in size or name."""
     if len(embeddings) < 2:
         raise ValueError(f"a cross-modal loss needs two modalities or more, not {list(embeddings)}")
-    first, *_ = embeddings.values()
+    for name in {**present, **classes}:
+        if name not in embeddings:
+            kind = "a mask" if name in present else "classes"
+            raise ValueError(f"{kind} for {name}, where the modalities are {', '.join(embeddings)}")
+    width = next(iter(embeddings.values())).shape[-1]
     for modality, vectors in embeddings.items():
-        if vectors.ndim != 2 or len(vectors) != len(labels):
+        rows = len(classes.get(modality, labels))
+        if vectors.shape != (rows, width):
             raise ValueError(
-                f"{modality}: vectors are {list(vectors.shape)}, [{len(labels)}, D] is needed: a row a label"
+                f"{modality}: vectors are {list(vectors.shape)}, {[rows, width]} is needed, a vector per "
+                f"{'class' if modality in classes else 'label'} and one width for all modalities"
             )
-        if vectors.shape != first.shape:
-            raise ValueError(f"{modality}: vectors are {list(vectors.shape)}, the others {list(first.shape)}")
     for modality, mask in present.items():
-        if modality not in embeddings:
-            raise ValueError(f"a mask for {modality}, where the modalities are {', '.join(embeddings)}")
         if mask.dtype != torch.bool or mask.shape != labels.shape:
             raise ValueError(
                 f"{modality}: its mask is {list(mask.shape)} {mask.dtype}, {list(labels.shape)} bool is needed"
             )
+
+
+def clip(
+    embeddings: Mapping[str, Tensor], scale: Tensor, *, present: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """CLIP's loss (Radford et al. 2021, figure 3; the paper's figure 4): each row is its own only positive.
+
+    Args:
+        embeddings: modality -> unit vectors `[N, D]`, two for CLIP itself.
+        scale: 1 / temperature, a positive scalar.
+        present: as in `cross_contrastive`.
+
+    Returns:
+        As `cross_contrastive`; CLIP's own loss is half the total.
+    """
+    rows = len(next(iter(embeddings.values())))
+    labels = torch.arange(rows, device=scale.device)
+    return cross_contrastive(embeddings, labels, scale, present=present)
+
+
+def supcon(views: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """Supervised contrastive loss of one modality (Khosla et al. 2020, equation 2, L_out).
+
+    Every view of every row is an anchor; all other views of its class are its positives, all other views its
+    candidates.
+
+    Args:
+        views: `[N, V, D]` unit vectors.
+        labels: `[N]` integers.
+        scale: 1 / temperature, a positive scalar.
+
+    Returns:
+        The mean over the anchors that have a positive, a scalar; zero where none has.
+
+    Raises:
+        ValueError: sizes that do not agree.
+    """
+    if views.ndim != 3 or len(views) != len(labels):
+        raise ValueError(f"views are {list(views.shape)}, [{len(labels)}, V, D] is needed")
+    with torch.autocast(views.device.type, enabled=False):
+        z = views.to(torch.promote_types(views.dtype, torch.float32)).flatten(0, 1)  # [NV, D]
+        label = labels.repeat_interleave(views.shape[1])  # [NV]
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        positive = (label[:, None] == label) & ~itself  # [NV, NV]
+        logits = (scale * z @ z.T).masked_fill(itself, torch.finfo(z.dtype).min)  # [NV, NV]
+        anchors = positive.any(dim=1)
+        per_anchor = -(logits.log_softmax(dim=1) * positive).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+        return per_anchor.sum() / anchors.sum().clamp(min=1)
+
+
+def siglip(
+    embeddings: Mapping[str, Tensor],
+    labels: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    present: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The sigmoid loss (Zhai et al. 2023, equation 1), where every row of the same class is a positive.
+
+    Args:
+        embeddings: modality -> unit vectors `[N, D]`, at least two modalities.
+        labels: `[N]` integers; a label of its own for each row is SigLIP itself.
+        scale: 1 / temperature, a positive scalar.
+        bias: added to all similarities, a scalar; SigLIP starts it at -10.
+        present: as in `cross_contrastive`.
+
+    Returns:
+        `"a<->b"` -> the sum over all pairs of rows divided by the rows, a scalar, for every pair of modalities,
+        then `"total"`, their sum. Zero for a pair that no row has both modalities of.
+    """
+    present = present or {}
+    check(embeddings, labels, present, {})
+    terms = {}
+    with torch.autocast(labels.device.type, enabled=False):
+        for a, b in pairs_of(embeddings):
+            rows = valid_rows(labels, present, a, b)  # [N]
+            z_a, z_b = (embeddings[m][rows].to(torch.promote_types(scale.dtype, torch.float32)) for m in (a, b))
+            sign = 2 * (labels[rows, None] == labels[rows]).to(z_a.dtype) - 1  # [n, n]
+            logits = scale * z_a @ z_b.T + bias  # [n, n]
+            terms[f"{a}<->{b}"] = -logsigmoid(sign * logits).sum() / max(1, len(z_a))
+    return {**terms, "total": torch.stack(list(terms.values())).sum()}
 
 
 def share_of_cross_entropy(

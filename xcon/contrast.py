@@ -1,0 +1,384 @@
+"""How `losses.cross_contrastive` is computed: tables of all similarities for small batches, blocks for large ones.
+
+Vectors a_k and b_l of two modalities stand for w_k and w_l rows of the batch, n in all, n_y of them of class y.
+With S = s a b^T,
+
+    r_k = log sum_l w_l exp(S_kl)        L_{a->b} = 1/n (sum_k w_k r_k - s sum_y <A_y, B_y> / n_y)
+    c_l = log sum_k w_k exp(S_kl)        L_{b->a} = 1/n (sum_l w_l c_l - s sum_y <A_y, B_y> / n_y)
+
+where A_y and B_y are the sums over a class's rows: blocks need no n x n mask of positives, and both directions
+share one S. The gradients are written by hand, so that no block outlives its turn. For gradients g, h of the two
+losses,
+
+    dL/da_k = s/n w_k (sum_l (g exp(S_kl - r_k) + h exp(S_kl - c_l)) w_l b_l - (g + h) B_y / n_y)
+
+and b's alike. The loss depends on s and a through s a alone, hence s dL/ds = sum_k <a_k, dL/da_k> (Euler).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Legend: N rows, K and J vectors of two sides, D width, G classes, P pairs of modalities, m rows of a block.
+
+# Similarities in a block, and rows at least: a processor's cache holds it, a GPU wants larger products.
+_BLOCK, _BLOCK_ON_GPU, _BLOCK_ROWS = 2**20, 2**25, 128
+
+
+# --------------------------------------------------------------------------------------------------------
+# Exponentials
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """What turns similarities into their gradient, `g exp(S_kl - r_k) + h exp(S_kl - c_l)`.
+
+    Attributes:
+        row: `[..., K]` r.
+        column: `[..., J]` c.
+        g: `[...]` gradients of `L_{a->b}`.
+        h: `[...]` gradients of `L_{b->a}`.
+    """
+
+    row: Tensor
+    column: Tensor
+    g: Tensor
+    h: Tensor
+
+    def offset(self) -> Tensor | None:
+        """What one exponential for rows and columns is relative to; None where their range is too wide."""
+        every = torch.cat([self.row, self.column], dim=-1)
+        offset = _zero_point(every.max())
+        return offset if bool((every.min() - offset).exp() >= _floor(every.dtype, every.shape[-1])) else None
+
+    def apply_(self, block: Tensor, rows: slice, scratch: Tensor, offset: Tensor | None) -> Tensor:
+        """Similarities `[..., m, J]` of some rows, which are overwritten -> their gradient, in the scratch."""
+        row, column = self.row[..., rows, None], self.column[..., None, :]  # [..., m, 1], [..., 1, J]
+        g, h = self.g[..., None, None], self.h[..., None, None]
+        if offset is None:
+            torch.sub(block, column, out=scratch).exp_().mul_(h)
+            return scratch.add_(block.sub_(row).exp_().mul_(g))
+        torch.add(g * (offset - row).exp(), h * (offset - column).exp(), out=scratch)
+        return scratch.mul_(block.sub_(offset).exp_())
+
+
+def _zero_point(peak: Tensor) -> Tensor:
+    """What shared exponentials are relative to, given the largest similarity.
+
+    As near to zero as goes, for the digits of the logarithm, and so far below the peak that little underflows.
+    """
+    headroom = 0.7 * math.log(torch.finfo(peak.dtype).max)
+    return (peak - headroom).clamp(min=0).minimum(peak)
+
+
+def _floor(dtype: torch.dtype, terms: int) -> float:
+    """What a sum of shared exponentials must reach: whatever underflowed is then less than its rounding error."""
+    return terms * torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+
+
+# --------------------------------------------------------------------------------------------------------
+# Tables
+
+
+class TableLoss(torch.autograd.Function):
+    """Both losses of P pairs at once, by tables `[P, N, N]` that are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, labels: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses `[P]` of the first sides and of the second.
+
+        Args:
+            ctx: autograd's.
+            a: `[P, N, D]` first sides.
+            b: `[P, N, D]` second sides.
+            scale: a scalar.
+            labels: `[N]`.
+            valid: `[P, N]` bool, rows that have both sides.
+        """
+        a, b = (side.masked_fill(~valid[..., None], 0) for side in (a, b))
+        both = valid[:, :, None] & valid[:, None, :]  # [P, N, N]
+        target = ((labels[:, None] == labels) & both).to(a.dtype)
+        target /= target.sum(dim=-1, keepdim=True).clamp_(min=1)
+        similarity = (scale * a) @ b.mT  # [P, N, N]
+        positive = (similarity * target).sum(dim=(1, 2))  # [P]
+        similarity.masked_fill_(~both, torch.finfo(a.dtype).min)
+        row, column = _table_lse(similarity, valid)  # [P, N]
+        n = valid.sum(dim=1).clamp_(min=1)
+        ctx.save_for_backward(a, b, scale, target, similarity, row, column, n)
+        return ((row * valid).sum(dim=1) - positive) / n, ((column * valid).sum(dim=1) - positive) / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients `[P]` of the two sides' losses -> those of a, b and the scale."""
+        a, b, scale, target, similarity, row, column, n = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            softmax = Softmax(row, column, scale / n * g, scale / n * h)
+            everything = slice(None)
+            weights = softmax.apply_(
+                similarity.clone(), everything, torch.empty_like(similarity), softmax.offset()
+            )
+            weights -= (softmax.g + softmax.h)[:, None, None] * target
+            da, db = weights @ b, weights.mT @ a  # [P, N, D]
+            return da, db, torch.dot(a.flatten(), da.flatten()) / scale, None, None
+
+
+def _table_lse(similarity: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """`[P, N, N]` -> log-sum-exp of rows and columns `[P, N]`; where `valid` is not, a number in their range."""
+    peak = similarity.max()
+    offset = _zero_point(peak)
+    table = (similarity - offset).exp_()
+    row, column = (table.sum(dim=dim).masked_fill_(~valid, 1) for dim in (2, 1))
+    if bool(torch.minimum(row.min(), column.min()) >= _floor(row.dtype, row.shape[-1])):
+        return row.log_() + offset, column.log_() + offset
+    return tuple(similarity.logsumexp(dim=dim).where(valid, peak) for dim in (2, 1))  # type: ignore[return-value]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """What the vectors of one side stand for.
+
+    Attributes:
+        group: `[K]` numbers of their classes, from 0.
+        groups: number of classes G.
+        weight: `[K]` rows that each stands for, at least 1; None: one each.
+    """
+
+    group: Tensor
+    groups: int
+    weight: Tensor | None = None
+
+    def rows(self, like: Tensor) -> Tensor:
+        """`[K]` weights in the type of a tensor."""
+        return like.new_ones(len(self.group)) if self.weight is None else self.weight.to(like.dtype)
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """`[K, D]` vectors times their weights."""
+        return vectors if self.weight is None else vectors * self.rows(vectors)[:, None]
+
+    def sums(self, vectors: Tensor) -> Tensor:
+        """`[K, D]` vectors -> `[G, D]` sums over the rows of each class."""
+        return vectors.new_zeros(self.groups, vectors.shape[1]).index_add_(0, self.group, self.times(vectors))
+
+    def counts(self, like: Tensor) -> Tensor:
+        """`[G]` rows of each class, 1 where there are none."""
+        return like.new_zeros(self.groups).index_add_(0, self.group, self.rows(like)).clamp_(min=1)
+
+    def __getitem__(self, vectors: Any) -> "Members":
+        """Those of some of the vectors."""
+        weight = None if self.weight is None else self.weight[vectors]
+        return Members(self.group[vectors], self.groups, weight)
+
+
+class Standing:
+    """Which vectors take part in a pair of modalities, and what they stand for.
+
+    Args:
+        labels: `[N]` integers.
+        present: modality -> `[N]` bool; all rows where a modality is not named.
+        classes: modality -> `[K]` label of each of its vectors; a vector per row where a modality is not named.
+    """
+
+    def __init__(self, labels: Tensor, present: Mapping[str, Tensor], classes: Mapping[str, Tensor]) -> None:
+        names, self.group = labels.unique(return_inverse=True)  # [G], [N]
+        self.groups = len(names)
+        self.present = {m: mask for m, mask in present.items() if not mask.all()}
+        self.vector = {m: vector_of_rows(labels, c) for m, c in classes.items()}  # [N] each
+        self.vectors = {m: len(c) for m, c in classes.items()}
+
+    def pair(self, a: str, b: str) -> tuple[tuple[Tensor, Members], tuple[Tensor, Members]]:
+        """For both modalities, `[K]` bool, the vectors that take part, and what all K of them stand for."""
+        valid = valid_rows(self.group, self.present, a, b)
+        return self._side(a, valid), self._side(b, valid)
+
+    def _side(self, modality: str, valid: Tensor) -> tuple[Tensor, Members]:
+        if modality not in self.vector:
+            return valid, Members(self.group, self.groups)
+        vector = self.vector[modality]  # [N]
+        weight = self.group.new_zeros(self.vectors[modality]).index_add_(0, vector, valid.to(vector.dtype))
+        group = torch.zeros_like(weight).scatter_(0, vector, self.group)
+        return weight > 0, Members(group, self.groups, weight)
+
+
+def valid_rows(labels: Tensor, present: Mapping[str, Tensor], a: str, b: str) -> Tensor:
+    """`[N]` bool, the rows that have both modalities."""
+    everywhere = torch.ones_like(labels, dtype=torch.bool)
+    return present.get(a, everywhere) & present.get(b, everywhere)
+
+
+def vector_of_rows(labels: Tensor, classes: Tensor) -> Tensor:
+    """`[N]` labels and the `[K]` labels of some vectors -> `[N]` number of each row's vector.
+
+    Raises:
+        ValueError: a label has no vector, or several.
+    """
+    ordered, order = classes.sort()
+    first = torch.searchsorted(ordered, labels)
+    found = torch.searchsorted(ordered, labels, right=True) - first  # [N]
+    if bool((found != 1).any()):
+        wrong = labels[found != 1][0].item()
+        raise ValueError(f"label {wrong} has {found[found != 1][0].item()} vectors in classes, 1 is needed")
+    return order[first]
+
+
+def take(vectors: Tensor, kept: Tensor) -> Tensor:
+    """`[K, D]` vectors and a mask `[K]` -> those kept, the same tensor where that is all."""
+    return vectors if bool(kept.all()) else vectors[kept]
+
+
+class PairLoss(torch.autograd.Function):
+    """Both losses of a pair, by blocks that are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members
+    ) -> tuple[Tensor, Tensor]:
+        """`[K, D]` and `[J, D]`, at least one vector each -> `L_{a->b}` and `L_{b->a}`, scalars."""
+        row, column = both_lse(a, b, scale, a_members, b_members)
+        ctx.save_for_backward(a, b, scale, row, column)
+        ctx.members = a_members, b_members
+        return from_lse(a, b, scale, a_members, b_members, row=row, column=column)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the two losses -> those of a, b and the scale."""
+        a, b, scale, row, column = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            da, db = both_gradients(a, b, scale, Softmax(row, column, g, h), *ctx.members)
+            return da, db, torch.dot(a.flatten(), da.flatten()) / scale, None, None
+
+
+def from_lse(
+    a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members, *, row: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`L_{a->b}` and `L_{b->a}` from the vectors `[K, D]`, `[J, D]` and the log-sum-exps `[K]`, `[J]`."""
+    products = torch.linalg.vecdot(a_members.sums(a), b_members.sums(b))  # [G]
+    positive = scale * (products / a_members.counts(a)).sum()
+    a_rows, b_rows = a_members.rows(a), b_members.rows(b)
+    n = a_rows.sum().clamp(min=1)
+    return (torch.dot(a_rows, row) - positive) / n, (torch.dot(b_rows, column) - positive) / n
+
+
+def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of rows and of columns in one pass over the similarities.
+
+    One exponential serves rows and columns as long as none of them vanishes beside the largest; where one does,
+    the pass is repeated with a maximum for each row and column.
+
+    Args:
+        a: `[K, D]`.
+        b: `[J, D]`.
+        scale: a scalar.
+        a_members: what a's vectors stand for.
+        b_members: what b's vectors stand for.
+
+    Returns:
+        `[K]` and `[J]`.
+    """
+    a_rows, b_rows = a_members.rows(a), b_members.rows(b)
+    row_sum, column_sum = a.new_empty(len(a)), b.new_zeros(len(b))
+    offset = a.new_zeros(())
+    for rows, block in _similarities(a, b, scale):
+        if rows.start == 0:
+            offset = _zero_point(block.max())
+        block.sub_(offset).exp_()  # [m, J]
+        torch.mv(block, b_rows, out=row_sum[rows])
+        column_sum.addmv_(block.T, a_rows[rows])
+    every = torch.cat([row_sum, column_sum])
+    if bool((every.min() >= _floor(a.dtype, len(every))) & (every.max() <= torch.finfo(a.dtype).max)):
+        return row_sum.log_() + offset, column_sum.log_() + offset
+    return _both_lse_apart(a, b, scale, a_rows, b_rows)
+
+
+def _both_lse_apart(a: Tensor, b: Tensor, scale: Tensor, a_rows: Tensor, b_rows: Tensor) -> tuple[Tensor, Tensor]:
+    row = a.new_empty(len(a))
+    peak, column_sum = b.new_full((len(b),), -math.inf), b.new_zeros(len(b))  # of the columns so far
+    for rows, block in _similarities(a, b, scale):
+        higher = torch.maximum(peak, block.amax(dim=0))  # [J]
+        column_sum.mul_(torch.exp(peak - higher)).addmv_(torch.exp(block - higher).T, a_rows[rows])
+        peak = higher
+        row[rows] = _lse_(block, b_rows)
+    return row, column_sum.log_() + peak
+
+
+def row_lse(a: Tensor, b: Tensor, scale: Tensor, b_members: Members) -> Tensor:
+    """Log-sum-exp of rows alone: `[K, D]`, `[J, D]` and a scalar -> `[K]`."""
+    row, b_rows = a.new_empty(len(a)), b_members.rows(b)
+    for rows, block in _similarities(a, b, scale):
+        row[rows] = _lse_(block, b_rows)
+    return row
+
+
+def _lse_(block: Tensor, b_rows: Tensor) -> Tensor:
+    """`[m, J]` similarities, which are overwritten, and `[J]` weights -> `[m]`."""
+    peak = block.amax(dim=1)  # [m]
+    return torch.mv(block.sub_(peak[:, None]).exp_(), b_rows).log_() + peak
+
+
+def both_gradients(
+    a: Tensor, b: Tensor, scale: Tensor, softmax: Softmax, a_members: Members, b_members: Members
+) -> tuple[Tensor, Tensor]:
+    """dL/da `[K, D]` and dL/db `[J, D]` in one pass; the arguments are `row_gradient`'s, a complete as well."""
+    a_vectors, b_vectors = a_members.times(a), b_members.times(b)
+    da = _towards_positives(a_members, b, b_members, softmax)
+    db = _towards_positives(b_members, a, a_members, softmax)
+    for rows, weights in _weights(a, b, scale, softmax):
+        da[rows].addmm_(weights, b_vectors)
+        db.addmm_(weights.T, a_vectors[rows])
+    factor = scale / a_members.rows(a).sum()
+    return a_members.times(da.mul_(factor)), b_members.times(db.mul_(factor))
+
+
+def row_gradient(
+    a: Tensor, b: Tensor, scale: Tensor, softmax: Softmax, a_members: Members, b_members: Members
+) -> Tensor:
+    """dL/da `[K, D]` of some vectors of one side against all vectors of the other.
+
+    Args:
+        a: `[K, D]`.
+        b: `[J, D]`.
+        scale: a scalar.
+        softmax: of a's rows and b's columns.
+        a_members: what a's vectors stand for.
+        b_members: what b's vectors stand for: every row of the batch.
+    """
+    b_vectors = b_members.times(b)
+    da = _towards_positives(a_members, b, b_members, softmax)
+    for rows, weights in _weights(a, b, scale, softmax):
+        da[rows].addmm_(weights, b_vectors)
+    return a_members.times(da.mul_(scale / b_members.rows(b).sum()))
+
+
+def _towards_positives(members: Members, other: Tensor, other_members: Members, softmax: Softmax) -> Tensor:
+    """The second part of the gradient, `-(g + h) B_y / n_y` for each vector of one side: `[K, D]`."""
+    factor = -(softmax.g + softmax.h) / other_members.counts(other)  # [G]
+    return other_members.sums(other).mul_(factor[:, None])[members.group]
+
+
+def _weights(a: Tensor, b: Tensor, scale: Tensor, softmax: Softmax) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and the `[m, J]` gradient with respect to their similarities."""
+    offset, scratch = softmax.offset(), None
+    for rows, block in _similarities(a, b, scale):
+        scratch = torch.empty_like(block) if scratch is None else scratch[: len(block)]
+        yield rows, softmax.apply_(block, rows, scratch, offset)
+
+
+def _similarities(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their `[m, J]` similarities times the scale, in one memory that the next block takes over."""
+    size = max(_BLOCK_ROWS, (_BLOCK_ON_GPU if a.is_cuda else _BLOCK) // len(b))
+    memory = a.new_empty(min(size, len(a)), len(b))
+    for start in range(0, len(a), size):
+        rows = slice(start, min(start + size, len(a)))
+        yield rows, torch.mm(a[rows] * scale, b.T, out=memory[: rows.stop - start])
