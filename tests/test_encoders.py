@@ -1,11 +1,13 @@
 """Encoders against timm's and transformers' own ways, and a residual block by hand."""
 
+import copy
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import timm.data
 import torch
@@ -14,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from xcon import captions, encoders
+from xcon import captions, encoders, model
 from xcon.encoders import ImageEncoder, MetaEncoder, MetaSpec, TextEncoder, TextSpec
+from xcon.model import Tower
 
 BIRDS = ("A photo of a Barn Owl", "A photo of an Osprey", "A photo of a Snow Goose (White morph)")
 
@@ -185,6 +188,66 @@ def test_gradients_of_equal_captions_add_up(text: tuple[TextEncoder, Tensor]) ->
     (3 * encoder(tokens[:1]).sum() + encoder(tokens[1:2]).sum()).backward()
     expected = [p.grad for p in encoder.parameters() if p.grad is not None]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture
+def bert() -> tuple[TextEncoder, Tensor]:
+    """A BERT with 100 rows of vocabulary, and two captions of five of its tokens, the padding 0 among them."""
+    torch.manual_seed(6)
+    config = BertConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    encoder = TextEncoder(TextSpec(config.to_dict(), 0, "cls"), BertModel(config)).train()
+    return encoder, torch.tensor([[2, 55, 97, 3], [2, 55, 3, 0]])
+
+
+def five_steps(encoder: TextEncoder, tokens: Tensor) -> Tensor:
+    """AdamW without weight decay on an arbitrary loss; the vectors at the end."""
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (encoder(tokens) * torch.linspace(-1, 1, encoder.width)).exp().sum().backward()
+        optimizer.step()
+    return encoder(tokens).detach()
+
+
+def test_a_pruned_vocabulary_learns_the_same_bit_for_bit(bert: tuple[TextEncoder, Tensor]) -> None:
+    """Rows without gradient do not move; the other 5 of 100 do what they do in the whole table."""
+    whole, tokens = bert
+    before = whole.network.embeddings.word_embeddings.weight.detach().clone()
+    pruned = copy.deepcopy(whole)
+    pruned.prune(tokens)
+    assert pruned.network.embeddings.word_embeddings.weight.shape == (5, 16)
+    assert torch.equal(five_steps(pruned, tokens), five_steps(whole, tokens))
+    restored = pruned.restored({})
+    assert restored.keys() == whole.state_dict().keys()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in whole.state_dict().items())
+    table = restored["network.embeddings.word_embeddings.weight"]
+    moved = (table != before).any(dim=1).nonzero().flatten().tolist()
+    assert moved == [2, 3, 55, 97]  # the padding, 0, is never looked at
+
+
+def test_a_pruned_encoder_refuses_tokens_it_left_out(bert: tuple[TextEncoder, Tensor]) -> None:
+    encoder, tokens = bert
+    encoder.prune(tokens)
+    with pytest.raises(IndexError):
+        encoder(torch.tensor([[2, 56, 3, 0]]))
+
+
+def test_a_frozen_text_encoder_is_encoded_once_and_saved_whole() -> None:
+    """The tower gets vectors, has no parameters of the encoder, and the saved weights have all of them."""
+    torch.manual_seed(0)
+    text = encoders.text_for("small-distilbert", BIRDS, frozen=True)
+    tokens = captions.tokenise(text.tokenizer, BIRDS)
+    assert torch.equal(text.inputs, text.encoder(tokens))
+    assert not text.inputs.requires_grad
+    tower = Tower(text.tower, 8)
+    assert [name for name, _ in tower.named_parameters()] == ["projection.weight", "projection.bias"]
+    trained = {f"towers.text.{name}": tensor for name, tensor in tower.state_dict().items()}
+    saved = safetensors.torch.load(model.with_whole_text(model.weights_to_bytes(trained), text.encoder))
+    again = Tower(TextEncoder(text.encoder.spec), 8)
+    again.load_state_dict({name.removeprefix("towers.text."): tensor for name, tensor in saved.items()})
+    assert torch.equal(again(tokens), tower(text.inputs))
 
 
 def test_there_is_no_dropout_in_training(text: tuple[TextEncoder, Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xcon import captions, images
 from xcon.images import ImageSpec
-from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, to_device
+from xcon.loader import Batch, ClassCaptions, Records, Share, evaluation_loader, make_loader, to_device
 from xcon.records import year_fraction
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
@@ -305,3 +305,30 @@ def test_the_photographs_of_the_set_are_jpegs_of_their_size(tiny_shards: Path) -
     assert whole.describe(0) == f"{tiny_shards / 'val-000000.tar'}: {facts['image_id']}.jpg"
     with Image.open(io.BytesIO(whole.photo(0))) as image:
         assert images.decode(whole.photo(0)).shape == (3, image.height, image.width)
+
+
+# ---- captions shared by class
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_each_class_of_the_global_batch_has_its_caption_on_one_process(shards: ShardSet, world_size: int) -> None:
+    """Whatever process has the record; what fills up the shares belongs to class -1."""
+    split = shards.split("train")
+    texts = torch.arange(len(shards.card.classes))[:, None] * 10
+    order = Order(len(split), 10, seed=3)
+    records = Records(split, ("meta",))
+    shared = ClassCaptions(texts, split.class_id)
+    loaders = [
+        make_loader(records, order, Share(rank, world_size), steps=range(2, 5), captions=shared)
+        for rank in range(world_size)
+    ]
+    for batches in zip(*loaders, strict=True):
+        assert len({len(batch["caption"]) for batch in batches}) == 1
+        classes = torch.cat([batch["caption"] for batch in batches]).tolist()
+        labels = torch.cat([batch["label"] for batch in batches]).unique().tolist()
+        assert sorted(set(classes) - {-1}) == labels
+        assert len([c for c in classes if c != -1]) == len(labels)
+        assert len(classes) < len(labels) + world_size
+        for batch in batches:
+            real = batch["caption"] >= 0
+            assert torch.equal(batch["text"][real, 0], 10 * batch["caption"][real])

@@ -22,10 +22,15 @@ VIT = ("--image-backbone", "test_vit", "--image-options", "img_size", "32", *COM
 EVERY_STEP = ("--log-every", "1")
 
 
-def run(main: Callable[[], None], argv: Sequence[str | Path]) -> int:
-    """`commands.run` with a fresh Accelerator, as in a process of its own."""
+def fresh_accelerator() -> None:
+    """Forgets what earlier tests told Accelerate, which keeps one state for the process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def run(main: Callable[[], None], argv: Sequence[str | Path]) -> int:
+    """`commands.run` with a fresh Accelerator, as in a process of its own."""
+    fresh_accelerator()
     return commands.run(main, [str(word) for word in argv])
 
 

@@ -129,6 +129,11 @@ class PretrainConfig(TrainConfig):
     """Hugging Face model by name or folder, or small-distilbert: untrained, with its own vocabulary."""
     text_lr: float = 1e-5
     """Learning rate of the text encoder."""
+    text_frozen: bool = False
+    """Keep the text encoder as it is: each caption is encoded once, and only its projection learns."""
+    micro_batch: int = 0
+    """Rows that a process encodes at a time, for large batches on small cards; 0: all. The loss is still that of
+    the whole batch, at the price of encoding twice; BatchNorm sees the rows of a part."""
     matching: Literal["label", "diagonal"] = "label"
     """What counts as a positive: every record of the same class, or only the record itself (CLIP)."""
     embed_dim: int = 256
@@ -150,12 +155,13 @@ class PretrainConfig(TrainConfig):
         if self.accumulation_steps != 1:
             raise ValueError(
                 f"--accumulation-steps {self.accumulation_steps}: refused for pre-training: each part of the "
-                "batch would be contrasted with itself alone, another loss; take a smaller --batch-size"
+                "batch would be contrasted with itself alone, another loss; take --micro-batch"
             )
         if not self.temperature > 0 or 1 / self.temperature > self.max_scale:
             raise ValueError(f"--temperature {self.temperature}: 1/temperature lies in (0, {self.max_scale}]")
-        if not self.text_lr >= 0:
-            raise ValueError(f"--text-lr {self.text_lr}: no negative number is meant here")
+        for name in ("text_lr", "micro_batch"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: no negative number is meant here")
         for name in ("embed_dim", "meta_width", "meta_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: at least 1 is needed")
@@ -209,6 +215,8 @@ def check_used(settings: TrainConfig, recipe: TrainConfig) -> None:
         given = getattr(settings, field.name) != getattr(recipe, field.name)
         if given and modality in MODALITIES and modality not in settings.modalities:
             raise ValueError(f"{flag(field.name)}: unused, --modalities is {' '.join(settings.modalities)}")
+        if field.name == "text_lr" and given and isinstance(settings, PretrainConfig) and settings.text_frozen:
+            raise ValueError("--text-lr: unused, --text-frozen keeps the text encoder as it is")
 
 
 Train = TypeVar("Train", bound=TrainConfig)

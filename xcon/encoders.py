@@ -175,7 +175,16 @@ class TextEncoder(nn.Module):
 
     Dropout is off, so that a caption has one vector per batch whichever process encodes it: only then is the
     loss a function of the global batch and not of how it was dealt out.
+
+    Attributes:
+        width: F.
+        kept: `[v]` rows of the vocabulary that are left after `prune`; None: all.
+        whole: `[V, E]` the token embeddings before that.
     """
+
+    row: Tensor
+    kept: Tensor | None = None
+    whole: Tensor | None = None
 
     def __init__(self, spec: TextSpec, network: PreTrainedModel | None = None) -> None:
         super().__init__()
@@ -204,12 +213,69 @@ class TextEncoder(nn.Module):
         distinct, number = tokens.unique(dim=0, return_inverse=True)  # [n, L], [b]
         mask = distinct != self.spec.pad_id  # [n, L]
         mask[:, 0] = True  # never a row without any token
-        states = self.network(input_ids=distinct, attention_mask=mask.long()).last_hidden_state  # [n, L, F]
+        ids = distinct if self.kept is None else self.row[distinct]  # [n, L]
+        states = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # [n, L, F]
         if self.spec.pooling == "cls":
             pooled = states[:, 0]
         else:
             pooled = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         return pooled[number]  # [b, F]
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """`[K, L]` token ids -> `[K, F]`, without gradient, some at a time."""
+        with torch.no_grad():
+            return torch.cat([self(part) for part in tokens.split(64)])
+
+    def prune(self, tokens: Tensor) -> None:
+        """Leaves out the token embeddings that some captions do not use: they would not be trained.
+
+        They have no gradient, so that all else learns the same with less memory, optimiser state and traffic. The
+        encoder still takes the tokenizer's ids; `restored` gives the whole table.
+
+        Args:
+            tokens: `[K, L]` of all captions that will be encoded.
+        """
+        table = self._table()
+        self.whole = table.weight.detach().clone()
+        self.kept = torch.cat([tokens.flatten(), torch.tensor([self.spec.pad_id])]).unique()  # [v]
+        row = torch.full((len(self.whole),), len(self.kept))  # of a token left out: none
+        row[self.kept] = torch.arange(len(self.kept))
+        self.register_buffer("row", row, persistent=False)
+        padding = None if table.padding_idx is None else int(row[table.padding_idx])
+        self.network.set_input_embeddings(
+            nn.Embedding(len(self.kept), self.whole.shape[1], padding, _weight=self.whole[self.kept])
+        )
+
+    def _table(self) -> nn.Embedding:
+        table = self.network.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
+        return table
+
+    def restored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dictionary with all token embeddings.
+
+        Args:
+            state: of this encoder after training; what is missing, as where it was frozen, is taken from itself.
+        """
+        full = {**self.state_dict(), **state}
+        if self.kept is not None and self.whole is not None:
+            table = self._table().weight
+            name = next(f"network.{n}" for n, p in self.network.named_parameters() if p is table)
+            trained = full[name]
+            full[name] = self.whole.to(trained.dtype).index_copy(0, self.kept, trained.cpu())
+        return full
+
+
+class EncodedText(nn.Module):
+    """Stands in for a frozen text encoder: takes the vectors `[b, F]` that it gave."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.spec, self.width = encoder.spec, encoder.width
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """`[b, F]`, as they are."""
+        return vectors
 
 
 def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrainedTokenizerBase]:
@@ -251,6 +317,33 @@ def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrained
     return TextEncoder(spec, network), tokenizer
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text encoder made ready for the captions of a shard set.
+
+    Attributes:
+        encoder: whole, as it is saved.
+        tokenizer: its tokenizer.
+        tower: what is trained in its place.
+        inputs: `[K, ...]` what the tower takes for each caption: token ids, or vectors of a frozen encoder.
+    """
+
+    encoder: TextEncoder
+    tokenizer: PreTrainedTokenizerBase
+    tower: TextEncoder | EncodedText
+    inputs: Tensor
+
+
+def text_for(name: str, texts: Sequence[str], *, frozen: bool) -> Text:
+    """`build_text`, pruned to the vocabulary of the captions, or encoded once and for all where it is frozen."""
+    encoder, tokenizer = build_text(name, texts)
+    tokens = captions.tokenise(tokenizer, texts)
+    if frozen:
+        return Text(encoder, tokenizer, EncodedText(encoder), encoder.encode(tokens))
+    encoder.prune(tokens)
+    return Text(encoder, tokenizer, encoder, tokens)
+
+
 # --------------------------------------------------------------------------------------------------------
 # Metadata
 
@@ -288,6 +381,9 @@ class MetaEncoder(nn.Module):
         """
         dtype = next(self.parameters()).dtype
         return self.blocks(self.first(geotime.encode_wrap(places).to(dtype)))  # degrees need all their digits
+
+
+Encoder = ImageEncoder | TextEncoder | EncodedText | MetaEncoder
 
 
 class _Residual(nn.Module):

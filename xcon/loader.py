@@ -3,12 +3,15 @@
 A batch is a dictionary: `image` `[b, 3, S, S]` uint8, `text` `[b, L]` token ids, `meta` `[b, 3]` lon and lat
 in degrees and the fraction of the year (NaN where unknown), and beside the modalities `label` `[b]` class ids,
 `index` `[b]` the records' numbers in their split, `weight` `[b]`, 0 for rows that only fill up the last batch.
+Where captions are shared by class, `text` has this process's part of the captions instead, and `caption` their
+class ids.
 """
 
 import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +108,33 @@ class Share:
     workers: int = 0
 
 
-def make_loader(records: Records, order: Order, share: Share, *, steps: range) -> DataLoader[Batch]:
+@dataclasses.dataclass(frozen=True)
+class ClassCaptions:
+    """The captions of a batch, each once for its class and shared out among the processes.
+
+    Attributes:
+        texts: `[C, ...]` what the text tower is given for each class.
+        class_id: `[N]` of the records.
+    """
+
+    texts: Tensor
+    class_id: np.ndarray
+
+    def of(self, indices: np.ndarray, share: Share) -> Batch:
+        """This process's part, for the records of a global batch: as many captions on every process.
+
+        The last parts are filled up with a caption for class -1, which no record has.
+        """
+        distinct = np.unique(self.class_id[indices])
+        each = math.ceil(len(distinct) / share.world_size)
+        filled = np.pad(distinct, (0, each * share.world_size - len(distinct)), constant_values=-1)
+        mine = torch.from_numpy(filled[share.rank * each : (share.rank + 1) * each])  # [k]
+        return {"text": self.texts[mine], "caption": mine}
+
+
+def make_loader(
+    records: Records, order: Order, share: Share, *, steps: range, captions: ClassCaptions | None = None
+) -> DataLoader[Batch]:
     """The batches of one process for a range of steps, epochs running into one another without a pause.
 
     Args:
@@ -113,9 +142,11 @@ def make_loader(records: Records, order: Order, share: Share, *, steps: range) -
         order: the global order.
         share: of this process; the number of processes divides the order's batch size.
         steps: counted from the start of training, so that a resumed run gives those that remain.
+        captions: where they are shared by class; the records then have no text of their own.
     """
     return _Loader(
         records,
+        captions,
         batch_sampler=_Batches(order, share, steps),
         num_workers=share.workers,
         pin_memory=torch.cuda.is_available(),
@@ -125,11 +156,21 @@ def make_loader(records: Records, order: Order, share: Share, *, steps: range) -
 
 
 class _Loader(DataLoader[Batch]):
-    """A DataLoader that passes on what a worker says of a record without the worker's traceback."""
+    """A DataLoader that adds the captions, and passes on what a worker says of a record without its traceback."""
+
+    def __init__(self, records: Records, captions: ClassCaptions | None, **options: Any) -> None:
+        super().__init__(records, **options)
+        self.captions = captions
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = self.batch_sampler
+        assert isinstance(batches, _Batches)
         try:
-            yield from super().__iter__()
+            for step, batch in zip(batches.steps, super().__iter__(), strict=True):
+                if self.captions is None:
+                    yield batch
+                else:
+                    yield {**batch, **self.captions.of(batches.order.indices(step), batches.share)}
         except (ValueError, OSError) as error:
             # torch raises it again as "Caught ValueError in DataLoader worker ...", the message last.
             wrapper, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xcon.config import read_json
-from xcon.encoders import ImageEncoder, MetaEncoder, MetaSpec, TextEncoder, TextSpec
+from xcon.encoders import Encoder, ImageEncoder, MetaEncoder, MetaSpec, TextEncoder, TextSpec
 from xcon.images import ImageSpec
 from xcon.records import atomic_write
 
@@ -26,7 +26,7 @@ COORDINATES = "lon, lat in degrees (WGS-84), date as the fraction of the year in
 class Tower(nn.Module):
     """An encoder and its projection to the shared width."""
 
-    def __init__(self, encoder: ImageEncoder | TextEncoder | MetaEncoder, embed_dim: int) -> None:
+    def __init__(self, encoder: Encoder, embed_dim: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.projection = nn.Linear(encoder.width, embed_dim)
@@ -113,7 +113,7 @@ class ModelSpec:
 
 def build_towers(spec: ModelSpec) -> dict[str, Tower]:
     """The towers of a spec, without trained weights."""
-    encoders: dict[str, ImageEncoder | TextEncoder | MetaEncoder] = {}
+    encoders: dict[str, Encoder] = {}
     if spec.image:
         encoders["image"] = ImageEncoder(spec.image)
     if spec.text:
@@ -131,6 +131,18 @@ def specs_of(towers: Mapping[str, Tower]) -> dict[str, Any]:
 def weights_to_bytes(state: Mapping[str, Tensor]) -> bytes:
     """A state dictionary as the bytes of a safetensors file."""
     return safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def with_whole_text(weights: bytes, text: TextEncoder) -> bytes:
+    """Weights of a contrastive model, and in them the text encoder with all its token embeddings.
+
+    Args:
+        weights: a safetensors file; of a frozen text encoder it holds nothing.
+        text: the encoder that was trained, or was frozen.
+    """
+    state, prefix = safetensors.load(weights), "towers.text.encoder."
+    trained = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    return weights_to_bytes(state | {prefix + name: t for name, t in text.restored(trained).items()})
 
 
 def save(run: Path, spec: ModelSpec, weights: bytes) -> None:

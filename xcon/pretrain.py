@@ -6,16 +6,39 @@ The same command given again resumes from the newest checkpoint; `--help` lists 
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from xcon import captions, commandline, config, encoders, evaluation, gather, images, launch, losses, model, optim
+from xcon import (
+    commandline,
+    config,
+    encoders,
+    evaluation,
+    gather,
+    gradcache,
+    images,
+    launch,
+    losses,
+    model,
+    optim,
+)
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.config import PretrainConfig
-from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, match_on, present, to_device
+from xcon.loader import (
+    Batch,
+    ClassCaptions,
+    Records,
+    Share,
+    evaluation_loader,
+    make_loader,
+    match_on,
+    present,
+    to_device,
+)  # fmt: skip
 from xcon.model import ContrastiveModel, ModelSpec, Tower
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
@@ -43,7 +66,7 @@ def train() -> None:
     # Model
     set_seed(cfg.seed)
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-        towers, tokenizer = build_towers(cfg, shards)
+        towers, text = build_towers(cfg, shards)
     facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
     if open_run(cfg, accelerator, **facts):
         accelerator.print(f"{cfg.out}: this run is complete")
@@ -55,9 +78,13 @@ def train() -> None:
         classes=shards.card.class_facts(), shards_sha256=shards.card.sha256,
         **model.specs_of(towers),
     )  # fmt: skip
-    tokens = captions.tokenise(tokenizer, shards.captions) if tokenizer else None
+    texts = text.inputs if text else None
     crop = images.train_transform(spec.image, crop_scale=cfg.crop_scale) if spec.image else None
-    records = Records(shards.split("train"), cfg.modalities, crop, tokens, seed=cfg.seed)
+    train_split, shared = shards.split("train"), None
+    if text and cfg.matching == "label" and shards.one_caption_per_class:
+        shared = ClassCaptions(text.inputs[torch.from_numpy(shards.class_captions)], train_split.class_id)
+    own = tuple(m for m in cfg.modalities if m != "text" or not shared)
+    records = Records(train_split, own, crop, texts, seed=cfg.seed)
     share = Share(accelerator.process_index, accelerator.num_processes, cfg.workers)
 
     # Optimiser
@@ -72,7 +99,7 @@ def train() -> None:
     checkpoints = Checkpoints(cfg.out, accelerator)
     at = checkpoints.restore()
     steps = range(0) if at.exhausted(cfg.patience) else range(at.step, total)
-    batches = make_loader(records, order, share, steps=steps)
+    batches = make_loader(records, order, share, steps=steps, captions=shared)
     tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
@@ -84,11 +111,9 @@ def train() -> None:
             wrapped.train()
             rows = to_device(batch, accelerator.device)
             optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total))
-            embeddings, scale = wrapped({m: rows[m] for m in cfg.modalities})
-            terms = gather.cross_contrastive(
-                embeddings, match_on(rows, cfg.matching), scale, present=present(rows)
-            )
-            accelerator.backward(terms["total"])
+            loss = functools.partial(loss_of, rows, cfg.matching)
+            inputs: dict[str, Tensor] = {m: rows[m] for m in cfg.modalities}
+            terms, scale = gradcache.backward(accelerator, wrapped, inputs, loss, rows=cfg.micro_batch)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), cfg.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -105,7 +130,7 @@ def train() -> None:
                 tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
             with clock.paused():
                 if at.step % order.steps_per_epoch == 0 and shards.has("val"):
-                    held_out = validate(wrapped, cfg, spec, shards, tokens, share, accelerator.device)
+                    held_out = validate(wrapped, cfg, spec, shards, texts, share, accelerator.device)
                     launch.check_finite(held_out["loss"], at.step)
                     at = at.after((held_out.get("top1", 0.0), -held_out["loss"]))
                     if at.since_best == 0:
@@ -123,9 +148,11 @@ def train() -> None:
     if at.best is None:
         checkpoints.keep_weights(wrapped, at.step)
     if accelerator.is_main_process:
-        if tokenizer:
-            tokenizer.save_pretrained(cfg.out / "tokenizer")
-        model.save(cfg.out, spec, checkpoints.weights(at.best_step or at.step).read_bytes())
+        weights = checkpoints.weights(at.best_step or at.step).read_bytes()
+        if text:
+            text.tokenizer.save_pretrained(cfg.out / "tokenizer")
+            weights = model.with_whole_text(weights, text.encoder)
+        model.save(cfg.out, spec, weights)
     accelerator.print(f"{cfg.out}: complete, the weights of step {at.best_step or at.step}")
     accelerator.end_training()
 
@@ -142,24 +169,32 @@ def resolved(cfg: PretrainConfig) -> PretrainConfig:
     )
 
 
-def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower], PreTrainedTokenizerBase | None]:
-    """The towers with their pre-trained weights, and the tokenizer where there is a text tower."""
-    made: dict[str, encoders.ImageEncoder | encoders.TextEncoder | encoders.MetaEncoder] = {}
-    tokenizer = None
+def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower], encoders.Text | None]:
+    """The towers with their pre-trained weights, and what belongs to the text tower where there is one."""
+    made: dict[str, encoders.Encoder] = {}
+    text = None
     for modality in cfg.modalities:
         if modality == "image":
             made["image"] = encoders.build_image(
                 str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size,
             )  # fmt: skip
         elif modality == "text":
-            made["text"], tokenizer = encoders.build_text(cfg.text_model, shards.captions)
+            text = encoders.text_for(cfg.text_model, shards.captions, frozen=cfg.text_frozen)
+            made["text"] = text.tower
         else:
             made["meta"] = encoders.MetaEncoder(encoders.MetaSpec(cfg.meta_width, cfg.meta_depth))
-    return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, tokenizer
+    return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, text
+
+
+def loss_of(rows: Batch, matching: str, embeddings: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
+    """The losses of the global batch, from this process's rows and vectors."""
+    classes = {"text": rows["caption"]} if "caption" in rows else {}
+    labels = match_on(rows, matching)
+    return gather.cross_contrastive(embeddings, labels, scale, present=present(rows), classes=classes)
 
 
 def validate(
-    wrapped: nn.Module, cfg: PretrainConfig, spec: ModelSpec, shards: ShardSet, tokens: Tensor | None,
+    wrapped: nn.Module, cfg: PretrainConfig, spec: ModelSpec, shards: ShardSet, texts: Tensor | None,
     share: Share, device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
     """The loss on the validation split in batches of training's size, and how often the right caption is found.
@@ -173,9 +208,9 @@ def validate(
     wrapped.eval()
     split = shards.split("val")
     transform = images.eval_transform(spec.image) if spec.image else None
-    batches = evaluation_loader(
-        Records(split, cfg.modalities, transform, tokens), share, batch_size=cfg.batch_size
-    )
+    records = Records(split, cfg.modalities, transform, texts)
+    together = cfg.micro_batch * share.world_size or cfg.batch_size
+    batches = evaluation_loader(records, share, batch_size=together)
 
     def embed(rows: Batch) -> dict[str, Tensor]:
         embeddings, _ = wrapped({m: rows[m] for m in cfg.modalities})
@@ -193,10 +228,10 @@ def validate(
             part_masks = {m: mask[rows] for m, mask in masks.items()}
             terms = losses.cross_contrastive(part, target[rows], scale.cpu(), present=part_masks)
             loss += terms["total"].item() * len(rows) / len(split)
-        if tokens is None:
+        if texts is None:
             return gather.agree({"loss": loss}, device)
-        class_tokens = tokens[torch.from_numpy(shards.class_captions)].to(device)
-        captions_of = wrapped({"text": class_tokens})[0]["text"].cpu()  # [C, D]
+        class_texts = texts[torch.from_numpy(shards.class_captions)].to(device)
+        captions_of = wrapped({"text": class_texts})[0]["text"].cpu()  # [C, D]
     accuracy = evaluation.caption_top1(embeddings, masks, captions_of, found["label"])
     return gather.agree({"loss": loss, **accuracy}, device)
 

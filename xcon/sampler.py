@@ -41,14 +41,16 @@ class Order:
 
     def batch(self, step: int) -> list[Item]:
         """The global batch of a step counted from the start of training: `batch_size` items."""
+        epoch, rows = step // self.steps_per_epoch, self.rows(step)
+        return [(epoch, int(index), float(place < rows)) for place, index in enumerate(self.indices(step))]
+
+    def indices(self, step: int) -> np.ndarray:
+        """`[batch_size]` the records of the global batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _permutation(self.samples, self.seed, epoch)
         places = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
         # Filling rows are real records from the front of the epoch: they keep BatchNorm's statistics sane.
-        indices = order[places % self.samples]
-        return [
-            (epoch, int(index), float(place < self.samples)) for index, place in zip(indices, places, strict=True)
-        ]
+        return order[places % self.samples]
 
     def local_batches(self, *, steps: range, rank: int, world_size: int) -> Iterator[list[Item]]:
         """The part of each global batch that falls to one process: a contiguous slice."""

@@ -65,10 +65,19 @@ class ShardSet:
     @property
     def class_captions(self) -> np.ndarray:
         """`[C]` the caption that each class has most often, by its number in `captions`."""
+        return self._caption_counts().argmax(axis=1)
+
+    @property
+    def one_caption_per_class(self) -> bool:
+        """Whether the caption is a function of the class."""
+        return bool(((self._caption_counts() > 0).sum(axis=1) <= 1).all())
+
+    def _caption_counts(self) -> np.ndarray:
+        """`[C, K]` records of each class with each caption."""
         counts = np.zeros((len(self.card.classes), len(self.captions)), dtype=np.int64)
         for split in self._splits.values():
             np.add.at(counts, (split.class_id, split.caption), 1)
-        return counts.argmax(axis=1)
+        return counts
 
 
 @dataclasses.dataclass

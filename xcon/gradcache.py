@@ -1,0 +1,107 @@
+"""Batches larger than the memory: gradients of the whole batch, encoded in parts (GradCache, Gao et al. 2021).
+
+The vectors of all parts are computed without their graph, the loss of the whole batch gives the gradient of each
+vector, and each part is encoded once more to pass its gradients on. The sum is the gradient of one large batch,
+for about a third more computing. What sees only a part is BatchNorm in training: it normalises by the statistics
+of the part, as small batches do.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+# Legend: b rows of this process, k vectors of a modality, D width.
+
+Loss = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]
+
+
+def backward(
+    accelerator: Accelerator, wrapped: nn.Module, inputs: Mapping[str, Tensor], loss: Loss, *, rows: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Adds the gradients of a loss of unit vectors to the parameters.
+
+    Args:
+        accelerator: of this process.
+        wrapped: a prepared `ContrastiveModel`.
+        inputs: modality -> what its tower takes, `[k, ...]`.
+        loss: of modality -> vectors `[k, D]` and the scale, by name; the gradients are those of `"total"`.
+        rows: to encode at a time; 0: all.
+
+    Returns:
+        The losses, and the scale.
+    """
+    longest = max(len(x) for x in inputs.values())
+    count = math.ceil(longest / rows) if rows else 1
+    if count == 1:
+        embeddings, scale = wrapped(inputs)
+        terms = loss(embeddings, scale)
+        accelerator.backward(terms["total"])
+        return terms, scale
+
+    parts = _split(inputs, count)
+    draws, encoded = [], []
+    with torch.no_grad(), _buffers_kept(wrapped):
+        for part in parts:
+            draws.append(_random_state(accelerator.device))
+            encoded.append(wrapped(part))
+    after = _random_state(accelerator.device)
+    leaves = {m: torch.cat([z[m] for z, _ in encoded if m in z]).requires_grad_() for m in inputs}  # [k, D]
+    scale = encoded[0][1].clone().requires_grad_()
+    terms = loss(leaves, scale)
+    *found, scale_gradient = torch.autograd.grad(terms["total"], [*leaves.values(), scale])
+
+    gradients = _split(dict(zip(leaves, found, strict=True)), count)
+    for number in reversed(range(count)):  # the first part, which has every modality, is the last to be encoded
+        last = number == 0
+        with contextlib.nullcontext() if last else _gradients_kept_local(accelerator, wrapped):
+            _set_random_state(draws[number], accelerator.device)
+            embeddings, part_scale = wrapped(parts[number])
+            along = [(z * gradients[number][m]).sum() for m, z in embeddings.items()]
+            accelerator.backward(torch.stack([*along, part_scale * scale_gradient] if last else along).sum())
+    _set_random_state(after, accelerator.device)
+    return terms, scale
+
+
+def _split(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Parts of a batch, in order.
+
+    A modality of fewer vectors than there are parts, captions as a rule, is absent from the last ones. None is
+    from the first: processes exchange gradients there, and wait for those of every parameter.
+    """
+    pieces = {m: x.tensor_split(count) for m, x in batch.items()}
+    return [{m: piece[i] for m, piece in pieces.items() if len(piece[i])} for i in range(count)]
+
+
+@contextlib.contextmanager
+def _gradients_kept_local(accelerator: Accelerator, wrapped: nn.Module) -> Iterator[None]:
+    """Processes do not exchange gradients, and DeepSpeed does not step."""
+    accelerator.sync_gradients = False
+    try:
+        with accelerator.no_sync(wrapped):
+            yield
+    finally:
+        accelerator.sync_gradients = True
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Puts buffers back: BatchNorm's running statistics count a batch once."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, saved in zip(module.buffers(), before, strict=True):
+            buffer.copy_(saved)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
