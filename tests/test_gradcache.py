@@ -61,7 +61,7 @@ def step(accelerator: Accelerator, model: nn.Module, rows: int) -> tuple[float, 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 11, 12, 100])
 def test_parts_have_the_loss_and_gradients_of_the_whole(accelerator: Accelerator, rows: int) -> None:
-    """With one row at a time there are 12 parts, and captions in the first three only."""
+    """With one row at a time there are 12 parts, and three captions."""
     expected, gradients = step(accelerator, contrastive(), 0)
     found, parts = step(accelerator, contrastive(), rows)
     assert found == pytest.approx(expected, rel=1e-12)
@@ -77,7 +77,7 @@ def test_a_part_draws_the_same_dropout_both_times(accelerator: Accelerator) -> N
     seen: list[Tensor] = []
     model.towers["image"].register_forward_hook(lambda *arguments: seen.append(arguments[2].detach()))
     step(accelerator, model, 5)
-    first, second = seen[:3], seen[:2:-1]  # the other way round
+    first, second = seen[:3], seen[3:]
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
     assert not torch.equal(first[0], contrastive().towers["image"](inputs()["image"][:4]))
 
@@ -93,10 +93,10 @@ def test_the_next_step_draws_anew(accelerator: Accelerator) -> None:
 
 
 def test_running_statistics_count_a_batch_once(accelerator: Accelerator) -> None:
-    """Momentum 1/2 from mean 0: after parts of means x3, x2, x1, in this order, it is x3/8 + x2/4 + x1/2."""
+    """Momentum 1/2 from mean 0: after parts of means x1, x2, x3 it is x1/8 + x2/4 + x3/2."""
     model = contrastive(nn.BatchNorm1d(8, momentum=0.5, dtype=torch.float64))
     encoder = model.towers["image"].encoder.layers
-    parts = inputs()["image"].tensor_split(3)[::-1]
+    parts = inputs()["image"].tensor_split(3)
     expected = sum(encoder[0](x).mean(dim=0) * f for x, f in zip(parts, (1 / 8, 1 / 4, 1 / 2), strict=True))
     step(accelerator, model, 4)
     torch.testing.assert_close(encoder[1].running_mean, expected.detach(), rtol=1e-12, atol=1e-12)

@@ -42,38 +42,32 @@ def backward(
         accelerator.backward(terms["total"])
         return terms, scale
 
-    parts = _split(inputs, count)
+    pieces = {m: x.tensor_split(count) for m, x in inputs.items()}
+    # A modality of fewer vectors than parts, as captions may be, lends its first to the parts without: DDP and
+    # ZeRO-3 want a gradient of every parameter, if only zero, in the last and in the first backward pass.
+    parts = [{m: x[i] if len(x[i]) else x[0][:1] for m, x in pieces.items()} for i in range(count)]
     draws, encoded = [], []
     with torch.no_grad(), _buffers_kept(wrapped):
         for part in parts:
             draws.append(_random_state(accelerator.device))
             encoded.append(wrapped(part))
     after = _random_state(accelerator.device)
-    leaves = {m: torch.cat([z[m] for z, _ in encoded if m in z]).requires_grad_() for m in inputs}  # [k, D]
+    vectors = {m: [z[m][: len(x)] for (z, _), x in zip(encoded, pieces[m], strict=True)] for m in inputs}
+    leaves = {m: torch.cat(z).requires_grad_() for m, z in vectors.items()}  # [k, D]
     scale = encoded[0][1].clone().requires_grad_()
     terms = loss(leaves, scale)
     *found, scale_gradient = torch.autograd.grad(terms["total"], [*leaves.values(), scale])
 
-    gradients = _split(dict(zip(leaves, found, strict=True)), count)
-    for number in reversed(range(count)):  # the first part, which has every modality, is the last to be encoded
-        last = number == 0
+    gradients = {m: gradient.tensor_split(count) for m, gradient in zip(leaves, found, strict=True)}
+    for number, part in enumerate(parts):
+        last = number == count - 1
         with contextlib.nullcontext() if last else _gradients_kept_local(accelerator, wrapped):
             _set_random_state(draws[number], accelerator.device)
-            embeddings, part_scale = wrapped(parts[number])
-            along = [(z * gradients[number][m]).sum() for m, z in embeddings.items()]
-            accelerator.backward(torch.stack([*along, part_scale * scale_gradient] if last else along).sum())
+            embeddings, part_scale = wrapped(part)
+            along = [(z[: len(gradients[m][number])] * gradients[m][number]).sum() for m, z in embeddings.items()]
+            accelerator.backward(torch.stack([*along, part_scale * scale_gradient * last]).sum())
     _set_random_state(after, accelerator.device)
     return terms, scale
-
-
-def _split(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Parts of a batch, in order.
-
-    A modality of fewer vectors than there are parts, captions as a rule, is absent from the last ones. None is
-    from the first: processes exchange gradients there, and wait for those of every parameter.
-    """
-    pieces = {m: x.tensor_split(count) for m, x in batch.items()}
-    return [{m: piece[i] for m, piece in pieces.items() if len(piece[i])} for i in range(count)]
 
 
 @contextlib.contextmanager
