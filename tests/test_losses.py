@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightly.loss.ntx_ent_loss import NTXentLoss
 from open_clip.loss import ClipLoss, SigLipLoss
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
@@ -408,11 +407,15 @@ def test_supcon_is_pytorch_metric_learnings(labels: list[int], views: int, scale
 
 
 @pytest.mark.parametrize("scale", [2.0, 14.3])
-def test_supcon_of_two_views_of_distinct_rows_is_lightlys_ntxent(scale: float) -> None:
+def test_supcon_of_two_views_of_distinct_rows_is_simclrs_loss(scale: float) -> None:
+    """NT-Xent: torch's cross-entropy of each view against all others, the other view of its row the target."""
     raw = leaves(8)
-    z = torch.stack([normalize(view, dim=1) for view in raw], dim=1)
-    ours = losses.supcon(z, torch.arange(8), double(scale))
-    assert_equal_with_gradients(ours, NTXentLoss(temperature=1 / scale)(*raw), raw)
+    views = [normalize(view, dim=1) for view in raw]
+    every = torch.cat(views)
+    logits = (scale * every @ every.T).fill_diagonal_(-torch.inf)
+    expected = cross_entropy(logits, torch.arange(16).roll(8))
+    ours = losses.supcon(torch.stack(views, dim=1), torch.arange(8), double(scale))
+    assert_equal_with_gradients(ours, expected, raw)
 
 
 def test_supcon_of_one_class_by_hand() -> None:

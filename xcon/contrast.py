@@ -38,9 +38,12 @@ _BLOCK, _BLOCK_ON_GPU, _BLOCK_ROWS = 2**20, 2**25, 128
 class Softmax:
     """What turns similarities into their gradient, `g exp(S_kl - r_k) + h exp(S_kl - c_l)`.
 
+    Log-sum-exps are float64 in all of this module: a last digit of float32 would be an error that all weights of a
+    row or column share, several times that of the similarities' own last digits, which are at random.
+
     Attributes:
-        row: `[..., K]` r.
-        column: `[..., J]` c.
+        row: `[..., K]` r, float64.
+        column: `[..., J]` c, float64.
         g: `[...]` gradients of `L_{a->b}`.
         h: `[...]` gradients of `L_{b->a}`.
     """
@@ -53,18 +56,25 @@ class Softmax:
     def offset(self) -> Tensor | None:
         """What one exponential for rows and columns is relative to; None where their range is too wide."""
         every = torch.cat([self.row, self.column], dim=-1)
-        offset = _zero_point(every.max())
-        return offset if bool((every.min() - offset).exp() >= _floor(every.dtype, every.shape[-1])) else None
+        offset = _zero_point(every.max().to(self.g.dtype))
+        return offset if bool((every.min() - offset).exp() >= _floor(offset.dtype, every.shape[-1])) else None
 
     def apply_(self, block: Tensor, rows: slice, scratch: Tensor, offset: Tensor | None) -> Tensor:
         """Similarities `[..., m, J]` of some rows, which are overwritten -> their gradient, in the scratch."""
         row, column = self.row[..., rows, None], self.column[..., None, :]  # [..., m, 1], [..., 1, J]
         g, h = self.g[..., None, None], self.h[..., None, None]
+        to_row, to_column = (x.to(block.dtype) if offset is None else offset for x in (row, column))
+        g, h = g * (to_row - row).exp().to(g.dtype), h * (to_column - column).exp().to(h.dtype)
         if offset is None:
-            torch.sub(block, column, out=scratch).exp_().mul_(h)
-            return scratch.add_(block.sub_(row).exp_().mul_(g))
-        torch.add(g * (offset - row).exp(), h * (offset - column).exp(), out=scratch)
+            torch.sub(block, to_column, out=scratch).exp_().mul_(h)
+            return scratch.add_(block.sub_(to_row).exp_().mul_(g))
+        torch.add(g, h, out=scratch)
         return scratch.mul_(block.sub_(offset).exp_())
+
+
+def _wide(numbers: Tensor) -> Tensor:
+    """As float64, which only Apple's GPUs do not have."""
+    return numbers if numbers.device.type == "mps" else numbers.double()
 
 
 def _zero_point(peak: Tensor) -> Tensor:
@@ -112,7 +122,8 @@ class TableLoss(torch.autograd.Function):
         row, column = _table_lse(similarity, valid)  # [P, N]
         n = valid.sum(dim=1).clamp_(min=1)
         ctx.save_for_backward(a, b, scale, target, similarity, row, column, n)
-        return ((row * valid).sum(dim=1) - positive) / n, ((column * valid).sum(dim=1) - positive) / n
+        forth, back = (((lse * valid).sum(dim=1) - positive) / n for lse in (row, column))
+        return forth.to(a.dtype), back.to(a.dtype)
 
     @staticmethod
     @once_differentiable
@@ -137,8 +148,8 @@ def _table_lse(similarity: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     table = (similarity - offset).exp_()
     row, column = (table.sum(dim=dim).masked_fill_(~valid, 1) for dim in (2, 1))
     if bool(torch.minimum(row.min(), column.min()) >= _floor(row.dtype, row.shape[-1])):
-        return row.log_() + offset, column.log_() + offset
-    return tuple(similarity.logsumexp(dim=dim).where(valid, peak) for dim in (2, 1))  # type: ignore[return-value]
+        return _wide(row).log() + offset, _wide(column).log() + offset
+    return tuple(_wide(similarity).logsumexp(dim=dim).where(valid, peak) for dim in (2, 1))  # type: ignore[return-value]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -268,7 +279,8 @@ def from_lse(
     positive = scale * (products / a_members.counts(a)).sum()
     a_rows, b_rows = a_members.rows(a), b_members.rows(b)
     n = a_rows.sum().clamp(min=1)
-    return (torch.dot(a_rows, row) - positive) / n, (torch.dot(b_rows, column) - positive) / n
+    forth, back = (torch.dot(_wide(w), lse) - positive for w, lse in ((a_rows, row), (b_rows, column)))
+    return (forth / n).to(a.dtype), (back / n).to(a.dtype)
 
 
 def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members) -> tuple[Tensor, Tensor]:
@@ -298,24 +310,24 @@ def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members:
         column_sum.addmv_(block.T, a_rows[rows])
     every = torch.cat([row_sum, column_sum])
     if bool((every.min() >= _floor(a.dtype, len(every))) & (every.max() <= torch.finfo(a.dtype).max)):
-        return row_sum.log_() + offset, column_sum.log_() + offset
+        return _wide(row_sum).log() + offset, _wide(column_sum).log() + offset
     return _both_lse_apart(a, b, scale, a_rows, b_rows)
 
 
 def _both_lse_apart(a: Tensor, b: Tensor, scale: Tensor, a_rows: Tensor, b_rows: Tensor) -> tuple[Tensor, Tensor]:
-    row = a.new_empty(len(a))
+    row = _wide(a.new_empty(len(a)))
     peak, column_sum = b.new_full((len(b),), -math.inf), b.new_zeros(len(b))  # of the columns so far
     for rows, block in _similarities(a, b, scale):
         higher = torch.maximum(peak, block.amax(dim=0))  # [J]
         column_sum.mul_(torch.exp(peak - higher)).addmv_(torch.exp(block - higher).T, a_rows[rows])
         peak = higher
         row[rows] = _lse_(block, b_rows)
-    return row, column_sum.log_() + peak
+    return row, _wide(column_sum).log() + peak
 
 
 def row_lse(a: Tensor, b: Tensor, scale: Tensor, b_members: Members) -> Tensor:
     """Log-sum-exp of rows alone: `[K, D]`, `[J, D]` and a scalar -> `[K]`."""
-    row, b_rows = a.new_empty(len(a)), b_members.rows(b)
+    row, b_rows = _wide(a.new_empty(len(a))), b_members.rows(b)
     for rows, block in _similarities(a, b, scale):
         row[rows] = _lse_(block, b_rows)
     return row
@@ -324,7 +336,7 @@ def row_lse(a: Tensor, b: Tensor, scale: Tensor, b_members: Members) -> Tensor:
 def _lse_(block: Tensor, b_rows: Tensor) -> Tensor:
     """`[m, J]` similarities, which are overwritten, and `[J]` weights -> `[m]`."""
     peak = block.amax(dim=1)  # [m]
-    return torch.mv(block.sub_(peak[:, None]).exp_(), b_rows).log_() + peak
+    return _wide(torch.mv(block.sub_(peak[:, None]).exp_(), b_rows)).log() + peak
 
 
 def both_gradients(
@@ -377,7 +389,7 @@ def _weights(a: Tensor, b: Tensor, scale: Tensor, softmax: Softmax) -> Iterator[
 
 def _similarities(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their `[m, J]` similarities times the scale, in one memory that the next block takes over."""
-    size = max(_BLOCK_ROWS, (_BLOCK_ON_GPU if a.is_cuda else _BLOCK) // len(b))
+    size = max(_BLOCK_ROWS, (_BLOCK_ON_GPU if a.is_cuda else _BLOCK) // max(1, len(b)))
     memory = a.new_empty(min(size, len(a)), len(b))
     for start in range(0, len(a), size):
         rows = slice(start, min(start + size, len(a)))

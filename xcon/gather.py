@@ -210,9 +210,9 @@ class _Side:
 
     def lse(self, other: "_Side", scale: Tensor) -> Tensor:
         """`[k]` log-sum-exps of this process's vectors over the other modality's; zero where they take no part."""
-        found = self.own.new_zeros(len(self.own_kept))
-        if len(self.own):
-            found[self.own_kept] = contrast.row_lse(self.own, other.vectors, scale, other.members)
+        lse = contrast.row_lse(self.own, other.vectors, scale, other.members)
+        found = lse.new_zeros(len(self.own_kept))
+        found[self.own_kept] = lse
         return found
 
     def gradient(self, other: "_Side", scale: Tensor, softmax: Softmax) -> Tensor:

@@ -80,7 +80,7 @@ def cross_contrastive(
     check(embeddings, labels, present, classes)
     with torch.autocast(labels.device.type, enabled=False):
         vectors, scale = widened(embeddings, scale)
-        compute = _by_tables if len(labels) <= TABLE_ROWS else _by_blocks
+        compute = _by_tables if 0 < len(labels) <= TABLE_ROWS else _by_blocks
         return named(pairs_of(vectors), compute(vectors, labels, scale, present, classes))
 
 
@@ -114,9 +114,9 @@ def _by_blocks(
 
 
 def widened(embeddings: Mapping[str, Tensor], scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The vectors and the scale in one type, float32 or wider."""
+    """The vectors and the scale, a scalar, in one type: float32 or wider."""
     dtype = functools.reduce(torch.promote_types, (z.dtype for z in embeddings.values()), torch.float32)
-    return {m: z.to(dtype) for m, z in embeddings.items()}, scale.to(dtype)
+    return {m: z.to(dtype) for m, z in embeddings.items()}, scale.to(dtype).reshape(())
 
 
 def pairs_of(embeddings: Mapping[str, Tensor]) -> list[tuple[str, str]]:
@@ -230,9 +230,10 @@ def siglip(
     check(embeddings, labels, present, {})
     terms = {}
     with torch.autocast(labels.device.type, enabled=False):
-        for a, b in pairs_of(embeddings):
+        vectors, scale = widened(embeddings, scale)
+        for a, b in pairs_of(vectors):
             rows = valid_rows(labels, present, a, b)  # [N]
-            z_a, z_b = (embeddings[m][rows].to(torch.promote_types(scale.dtype, torch.float32)) for m in (a, b))
+            z_a, z_b = vectors[a][rows], vectors[b][rows]  # [n, D]
             sign = 2 * (labels[rows, None] == labels[rows]).to(z_a.dtype) - 1  # [n, n]
             logits = scale * z_a @ z_b.T + bias  # [n, n]
             terms[f"{a}<->{b}"] = -logsigmoid(sign * logits).sum() / max(1, len(z_a))
