@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.live_bytes import peak_live_bytes
 from xcon import contrast, losses
-from xcon.contrast import Members, Softmax, Standing
+from xcon.contrast import LogitGradient, Members, Participants
 
 # Legend: N rows, K vectors of a modality, D width, J columns.
 
@@ -225,15 +225,15 @@ def test_any_batch_is_exact_and_finite_whatever_absent_rows_hold(way: str, case:
 def test_a_class_counts_once_for_each_of_its_rows_that_takes_part() -> None:
     """Labels 5 5 9 5, the last without place: of text's vectors (9, 7, 5), 7 has no row, 5 two with place."""
     labels, mask = torch.tensor([5, 5, 9, 5]), torch.tensor([True, True, True, False])
-    standing = Standing(labels, {"meta": mask}, {"text": torch.tensor([9, 7, 5])})
-    (rows, image), (vectors, text) = standing.pair("image", "text")
+    participants = Participants(labels, {"meta": mask}, {"text": torch.tensor([9, 7, 5])})
+    (rows, image), (vectors, text) = participants.pair("image", "text")
     assert rows.tolist() == [True] * 4
     assert vectors.tolist() == [True, False, True]
     assert image.rows(torch.ones(1)).tolist() == [1, 1, 1, 1]
     assert image.group.tolist() == [0, 0, 1, 0]
     assert text[vectors].weight.tolist() == [1, 3]
     assert text[vectors].group.tolist() == [1, 0]
-    (rows, meta), (vectors, text) = standing.pair("meta", "text")
+    (rows, meta), (vectors, text) = participants.pair("meta", "text")
     assert rows.tolist() == mask.tolist()
     assert text.weight.tolist() == [1, 0, 2]
     z = torch.tensor([[1.0], [10.0], [100.0]])
@@ -243,21 +243,21 @@ def test_a_class_counts_once_for_each_of_its_rows_that_takes_part() -> None:
 
 
 def test_each_row_finds_its_vector() -> None:
-    found = contrast.vector_of_rows(torch.tensor([30, -2, 30, 4]), torch.tensor([4, 30, 8, 8, -2]))
+    found = contrast.vector_of_rows("text", torch.tensor([30, -2, 30, 4]), torch.tensor([4, 30, 8, 8, -2]))
     assert found.tolist() == [1, 4, 1, 0]
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ([4, 8, -2], "label 30 has 0 vectors in classes, 1 is needed"),
-        ([30, 4, -2, 4, 4], "label 4 has 3 vectors in classes, 1 is needed"),
-        ([], "label 30 has 0 vectors"),
+        ([4, 8, -2], "text: label 30 has 0 vectors in its classes, 1 is needed"),
+        ([30, 4, -2, 4, 4], "text: label 4 has 3 vectors in its classes, 1 is needed"),
+        ([], "text: label 30 has 0 vectors"),
     ],
 )
 def test_a_label_without_a_vector_of_its_own_is_refused(classes: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        contrast.vector_of_rows(torch.tensor([30, -2, 30, 4]), torch.tensor(classes, dtype=torch.int64))
+        contrast.vector_of_rows("text", torch.tensor([30, -2, 30, 4]), torch.tensor(classes, dtype=torch.int64))
 
 
 def test_blocks_are_the_similarities_row_by_row() -> None:
@@ -281,14 +281,14 @@ TWO_EXPONENTIALS = "two exponentials"
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which of the branches for wide ranges ran."""
     ran: list[str] = []
-    both_lse_apart, offset, logsumexp = contrast._both_lse_apart, Softmax.offset, Tensor.logsumexp
+    both_lse_apart, offset, logsumexp = contrast._both_lse_apart, LogitGradient.offset, Tensor.logsumexp
 
     def spy_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
         ran.append(LOG_SUM_EXPS_APART["blocks"])
         return both_lse_apart(*arguments)
 
-    def spy_offset(softmax: Softmax) -> Tensor | None:
-        found = offset(softmax)
+    def spy_offset(slope: LogitGradient) -> Tensor | None:
+        found = offset(slope)
         if found is None:
             ran.append(TWO_EXPONENTIALS)
         return found
@@ -298,7 +298,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return logsumexp(table, dim=dim)
 
     monkeypatch.setattr(contrast, "_both_lse_apart", spy_lse)
-    monkeypatch.setattr(Softmax, "offset", spy_offset)
+    monkeypatch.setattr(LogitGradient, "offset", spy_offset)
     monkeypatch.setattr(Tensor, "logsumexp", spy_table)
     return ran
 
@@ -387,17 +387,17 @@ def test_parts_of_the_rows_are_parts_of_the_whole(taken: list[str], scale: float
     b_members = Members(torch.arange(7) % 4, 4, torch.tensor([1, 1, 4, 1, 2, 1, 2]))
     with going("blocks", block=1, rows=2):
         row, column = contrast.both_lse(a, b, s, a_members, b_members)
-        softmax = Softmax(row, column, torch.tensor(0.7).double(), torch.tensor(-1.3).double())
-        da, db = contrast.both_gradients(a, b, s, softmax, a_members, b_members)
+        slope = LogitGradient(row, column, torch.tensor(0.7).double(), torch.tensor(-1.3).double())
+        da, db = contrast.both_gradients(a, b, s, slope, a_members, b_members)
         weighed = scale * a @ b.T + b_members.weight.double().log()
         torch.testing.assert_close(row, torch.logsumexp(weighed, dim=1), rtol=1e-13, atol=1e-13)
         for part in (slice(0, 4), slice(4, 9)):
             mine = a_members[part]
             torch.testing.assert_close(contrast.row_lse(a[part], b, s, b_members), row[part])
-            local = dataclasses.replace(softmax, row=row[part])
+            local = dataclasses.replace(slope, row=row[part])
             found = contrast.row_gradient(a[part], b, s, local, mine, b_members)
             torch.testing.assert_close(found, da[part], rtol=1e-10, atol=1e-12)
-        turned = Softmax(column, row, softmax.h, softmax.g)
+        turned = LogitGradient(column, row, slope.h, slope.g)
         found = contrast.row_gradient(b, a, s, turned, b_members, a_members)
         torch.testing.assert_close(found, db, rtol=1e-10, atol=1e-12)
     assert set(taken) == branches

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel, CamembertConfig, Gemma3TextConfig
 
 from xcon import captions, encoders, model
 from xcon.encoders import ImageEncoder, MetaEncoder, MetaSpec, TextEncoder, TextSpec
@@ -190,15 +190,29 @@ def test_gradients_of_equal_captions_add_up(text: tuple[TextEncoder, Tensor]) ->
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.fixture
-def bert() -> tuple[TextEncoder, Tensor]:
-    """A BERT with 100 rows of vocabulary, and two captions of five of its tokens, the padding 0 among them."""
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+NETWORKS = {
+    "bert": (BertConfig(**SMALL), 0),
+    # Counts positions from its padding's id on: ids that are renumbered would stand elsewhere.
+    "camembert": (CamembertConfig(**SMALL, pad_token_id=1), 1),
+    # Scales its token embeddings in the table's own forward.
+    "gemma": (Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, pad_token_id=0), 0),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def whole_and_tokens(request: pytest.FixtureRequest) -> tuple[TextEncoder, Tensor]:
+    """A network with 100 rows of vocabulary, and two captions of five of its tokens, the padding among them."""
     torch.manual_seed(6)
-    config = BertConfig(
-        vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    encoder = TextEncoder(TextSpec(config.to_dict(), 0, "cls"), BertModel(config)).train()
-    return encoder, torch.tensor([[2, 55, 97, 3], [2, 55, 3, 0]])
+    config, pad = NETWORKS[request.param]
+    encoder = TextEncoder(TextSpec(config.to_dict(), pad, "mean"), AutoModel.from_config(config)).train()
+    return encoder, torch.tensor([[5, 55, 97, 3], [5, 55, 3, pad]])
 
 
 def five_steps(encoder: TextEncoder, tokens: Tensor) -> Tensor:
@@ -211,33 +225,33 @@ def five_steps(encoder: TextEncoder, tokens: Tensor) -> Tensor:
     return encoder(tokens).detach()
 
 
-def test_a_pruned_vocabulary_learns_the_same_bit_for_bit(bert: tuple[TextEncoder, Tensor]) -> None:
+def test_a_pruned_vocabulary_learns_the_same_bit_for_bit(whole_and_tokens: tuple[TextEncoder, Tensor]) -> None:
     """Rows without gradient do not move; the other 5 of 100 do what they do in the whole table."""
-    whole, tokens = bert
-    before = whole.network.embeddings.word_embeddings.weight.detach().clone()
+    whole, tokens = whole_and_tokens
+    before = whole.network.get_input_embeddings().weight.detach().clone()
     pruned = copy.deepcopy(whole)
     pruned.prune(tokens)
-    assert pruned.network.embeddings.word_embeddings.weight.shape == (5, 16)
+    assert pruned.network.get_input_embeddings().weight.shape == (5, 16)
     assert torch.equal(five_steps(pruned, tokens), five_steps(whole, tokens))
     restored = pruned.restored({})
     assert restored.keys() == whole.state_dict().keys()
     assert all(torch.equal(restored[name], tensor) for name, tensor in whole.state_dict().items())
-    table = restored["network.embeddings.word_embeddings.weight"]
+    table = next(tensor for name, tensor in restored.items() if tensor.shape == (100, 16))
     moved = (table != before).any(dim=1).nonzero().flatten().tolist()
-    assert moved == [2, 3, 55, 97]  # the padding, 0, is never looked at
+    assert moved == [3, 5, 55, 97]  # the padding is never looked at
 
 
-def test_a_pruned_encoder_refuses_tokens_it_left_out(bert: tuple[TextEncoder, Tensor]) -> None:
-    encoder, tokens = bert
+def test_a_pruned_encoder_refuses_tokens_it_left_out(whole_and_tokens: tuple[TextEncoder, Tensor]) -> None:
+    encoder, tokens = whole_and_tokens
     encoder.prune(tokens)
     with pytest.raises(IndexError):
-        encoder(torch.tensor([[2, 56, 3, 0]]))
+        encoder(torch.tensor([[5, 56, 3, 3]]))
 
 
 def test_a_frozen_text_encoder_is_encoded_once_and_saved_whole() -> None:
     """The tower gets vectors, has no parameters of the encoder, and the saved weights have all of them."""
     torch.manual_seed(0)
-    text = encoders.text_for("small-distilbert", BIRDS, frozen=True)
+    text = encoders.text_for("small-distilbert", BIRDS, frozen=True, device=torch.device("cpu"))
     tokens = captions.tokenise(text.tokenizer, BIRDS)
     assert torch.equal(text.inputs, text.encoder(tokens))
     assert not text.inputs.requires_grad

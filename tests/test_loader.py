@@ -323,12 +323,12 @@ def test_each_class_of_the_global_batch_has_its_caption_on_one_process(shards: S
         for rank in range(world_size)
     ]
     for batches in zip(*loaders, strict=True):
-        assert len({len(batch["caption"]) for batch in batches}) == 1
-        classes = torch.cat([batch["caption"] for batch in batches]).tolist()
+        assert len({len(batch["text_class"]) for batch in batches}) == 1
+        classes = torch.cat([batch["text_class"] for batch in batches]).tolist()
         labels = torch.cat([batch["label"] for batch in batches]).unique().tolist()
         assert sorted(set(classes) - {-1}) == labels
         assert len([c for c in classes if c != -1]) == len(labels)
         assert len(classes) < len(labels) + world_size
         for batch in batches:
-            real = batch["caption"] >= 0
-            assert torch.equal(batch["text"][real, 0], 10 * batch["caption"][real])
+            real = batch["text_class"] >= 0
+            assert torch.equal(batch["text"][real, 0], 10 * batch["text_class"][real])

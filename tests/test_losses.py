@@ -293,9 +293,9 @@ def test_sizes_and_names_that_do_not_agree_are_refused(
     [
         ({"mate": torch.arange(3)}, "classes for mate, where the modalities are image, text, meta"),
         ({"text": torch.arange(2)}, r"text: vectors are \[3, 3\], \[2, 3\] is needed, a vector per class"),
-        ({"text": torch.tensor([0, 7, 1])}, "label 2 has 0 vectors in classes, 1 is needed"),
-        ({"text": torch.tensor([-1, 2, 1])}, "label 0 has 0 vectors in classes"),
-        ({"meta": torch.tensor([1, 0, 1])}, "label 1 has 2 vectors in classes, 1 is needed"),
+        ({"text": torch.tensor([0, 7, 1])}, "text: label 2 has 0 vectors in its classes, 1 is needed"),
+        ({"text": torch.tensor([-1, 2, 1])}, "text: label 0 has 0 vectors in its classes"),
+        ({"meta": torch.tensor([1, 0, 1])}, "meta: label 1 has 2 vectors in its classes, 1 is needed"),
     ],
 )
 @pytest.mark.parametrize("way", WAYS)
@@ -447,3 +447,22 @@ def test_shares_of_cross_entropy_add_up_to_that_of_all_rows() -> None:
         ]
         expected = cross_entropy(logits[:7], labels[:7], label_smoothing=smoothing)
         assert sum(share.item() for share in shares) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(3)[:, None], torch.arange(3.0)])
+def test_labels_that_are_no_row_of_integers_are_refused(labels: Tensor) -> None:
+    embeddings = {m: unit(3, 4) for m in MODALITIES}
+    with pytest.raises(ValueError, match=r"labels are \[3.*\] torch.* a row of integers is needed"):
+        losses.cross_contrastive(embeddings, labels, double(2.0))
+    with pytest.raises(ValueError, match="a row of integers is needed"):
+        losses.supcon(unit(3, 2, 4), labels, double(2.0))
+
+
+def test_a_batch_without_rows_costs_nothing_and_a_scale_may_have_a_dimension() -> None:
+    empty = {m: torch.zeros(0, 4) for m in MODALITIES}
+    nothing = losses.cross_contrastive(empty, torch.zeros(0, dtype=torch.long), torch.tensor(2.0))
+    assert nothing["total"].item() == 0
+    full = {m: unit(3, 4, seed=i) for i, m in enumerate(MODALITIES)}
+    one, two = (losses.cross_contrastive(full, torch.arange(3), s) for s in (double(2.0), double(2.0)[None]))
+    assert one["total"].shape == two["total"].shape == ()
+    assert one["total"] == two["total"]

@@ -22,9 +22,7 @@ _RULES = ({"\u2500"}, {"-"})
 def guarded(body: Callable[[], None], program: str) -> None:
     """Runs an entry point; a user's mistake (ValueError, OSError) becomes one line and exit status 2.
 
-    With `XCON_TRACEBACK=1` in the environment the whole traceback is shown instead. One of several launched
-    processes ends at once when its work is done: DDP keeps gloo's threads beyond the process group (torch 2.15),
-    and one that wakes up while Python is taken down aborts the process, seen once in thirty launches.
+    With `XCON_TRACEBACK=1` in the environment the whole traceback is shown instead.
     """
     rank = os.environ.get("RANK", "0")
     program += f" [rank {rank}]" if rank != "0" else ""
@@ -38,10 +36,6 @@ def guarded(body: Callable[[], None], program: str) -> None:
     except KeyboardInterrupt:
         complain(program, "interrupted; give the same command again")
         raise SystemExit(130) from None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def complain(program: str, message: str) -> None:

@@ -162,6 +162,12 @@ class PretrainConfig(TrainConfig):
         for name in ("text_lr", "micro_batch"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: no negative number is meant here")
+        if self.text_frozen and self.text_model == "small-distilbert":
+            raise ValueError("--text-frozen: small-distilbert is untrained and would stay so; give --text-model")
+        if self.micro_batch >= self.batch_size:
+            raise ValueError(
+                f"--micro-batch {self.micro_batch}: unused, --batch-size is {self.batch_size} over all processes"
+            )
         for name in ("embed_dim", "meta_width", "meta_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: at least 1 is needed")

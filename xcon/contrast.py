@@ -16,6 +16,7 @@ and b's alike. The loss depends on s and a through s a alone, hence s dL/ds = su
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,11 +36,11 @@ _BLOCK, _BLOCK_ON_GPU, _BLOCK_ROWS = 2**20, 2**25, 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax:
-    """What turns similarities into their gradient, `g exp(S_kl - r_k) + h exp(S_kl - c_l)`.
+class LogitGradient:
+    """The gradient with respect to the similarities, `g exp(S_kl - r_k) + h exp(S_kl - c_l)`.
 
     Log-sum-exps are float64 in all of this module: a last digit of float32 would be an error that all weights of a
-    row or column share, several times that of the similarities' own last digits, which are at random.
+    row or column share, several times that of the similarities' own last digits, which are independent.
 
     Attributes:
         row: `[..., K]` r, float64.
@@ -56,19 +57,27 @@ class Softmax:
     def offset(self) -> Tensor | None:
         """What one exponential for rows and columns is relative to; None where their range is too wide."""
         every = torch.cat([self.row, self.column], dim=-1)
-        offset = _zero_point(every.max().to(self.g.dtype))
-        return offset if bool((every.min() - offset).exp() >= _floor(offset.dtype, every.shape[-1])) else None
+        offset = _shared_offset(every.max().to(self.g.dtype))
+        smallest = _smallest_safe_sum(offset.dtype, every.shape[-1])
+        return offset if bool((every.min() - offset).exp() >= smallest) else None
 
-    def apply_(self, block: Tensor, rows: slice, scratch: Tensor, offset: Tensor | None) -> Tensor:
-        """Similarities `[..., m, J]` of some rows, which are overwritten -> their gradient, in the scratch."""
-        row, column = self.row[..., rows, None], self.column[..., None, :]  # [..., m, 1], [..., 1, J]
-        g, h = self.g[..., None, None], self.h[..., None, None]
-        to_row, to_column = (x.to(block.dtype) if offset is None else offset for x in (row, column))
-        g, h = g * (to_row - row).exp().to(g.dtype), h * (to_column - column).exp().to(h.dtype)
+    @functools.cached_property
+    def _parts(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+        """The offset; for rows `[..., K, 1]` and columns `[..., 1, J]` what to subtract, and the factor after."""
+        offset, found = self.offset(), []
+        for lse, gradient, dim in ((self.row, self.g, -1), (self.column, self.h, -2)):
+            subtracted = lse.to(gradient.dtype) if offset is None else offset.expand_as(lse)
+            factor = gradient[..., None] * (subtracted - lse).exp().to(gradient.dtype)
+            found += [subtracted.unsqueeze(dim), factor.unsqueeze(dim)]
+        return offset, *found  # type: ignore[return-value]
+
+    def overwrite_(self, block: Tensor, rows: slice, scratch: Tensor) -> Tensor:
+        """Similarities `[..., m, J]` of some rows -> their gradient, in the scratch; both are overwritten."""
+        offset, row, row_factor, column, column_factor = self._parts
         if offset is None:
-            torch.sub(block, to_column, out=scratch).exp_().mul_(h)
-            return scratch.add_(block.sub_(to_row).exp_().mul_(g))
-        torch.add(g, h, out=scratch)
+            torch.sub(block, column, out=scratch).exp_().mul_(column_factor)
+            return scratch.add_(block.sub_(row[..., rows, :]).exp_().mul_(row_factor[..., rows, :]))
+        torch.add(row_factor[..., rows, :], column_factor, out=scratch)
         return scratch.mul_(block.sub_(offset).exp_())
 
 
@@ -77,17 +86,21 @@ def _wide(numbers: Tensor) -> Tensor:
     return numbers if numbers.device.type == "mps" else numbers.double()
 
 
-def _zero_point(peak: Tensor) -> Tensor:
+def _shared_offset(peak: Tensor) -> Tensor:
     """What shared exponentials are relative to, given the largest similarity.
 
-    As near to zero as goes, for the digits of the logarithm, and so far below the peak that little underflows.
+    As near to zero as goes, for the digits of the logarithm, and so far below the peak that little underflows: in
+    float32 zero up to a peak of 62, and 81 for the 143 that the paper's scale allows.
     """
     headroom = 0.7 * math.log(torch.finfo(peak.dtype).max)
     return (peak - headroom).clamp(min=0).minimum(peak)
 
 
-def _floor(dtype: torch.dtype, terms: int) -> float:
-    """What a sum of shared exponentials must reach: whatever underflowed is then less than its rounding error."""
+def _smallest_safe_sum(dtype: torch.dtype, terms: int) -> float:
+    """What a sum of shared exponentials must reach: whatever underflowed is then less than its rounding error.
+
+    In float32, 1e-28 for 1,024 terms: 64 below the offset, so 145 below the peak of a scale of 143.
+    """
     return terms * torch.finfo(dtype).tiny / torch.finfo(dtype).eps
 
 
@@ -131,12 +144,9 @@ class TableLoss(torch.autograd.Function):
         """Gradients `[P]` of the two sides' losses -> those of a, b and the scale."""
         a, b, scale, target, similarity, row, column, n = ctx.saved_tensors
         with torch.autocast(a.device.type, enabled=False):
-            softmax = Softmax(row, column, scale / n * g, scale / n * h)
-            everything = slice(None)
-            weights = softmax.apply_(
-                similarity.clone(), everything, torch.empty_like(similarity), softmax.offset()
-            )
-            weights -= (softmax.g + softmax.h)[:, None, None] * target
+            slope = LogitGradient(row, column, scale / n * g, scale / n * h)
+            weights = slope.overwrite_(similarity.clone(), slice(None), torch.empty_like(similarity))
+            weights -= (slope.g + slope.h)[:, None, None] * target
             da, db = weights @ b, weights.mT @ a  # [P, N, D]
             return da, db, torch.dot(a.flatten(), da.flatten()) / scale, None, None
 
@@ -144,10 +154,10 @@ class TableLoss(torch.autograd.Function):
 def _table_lse(similarity: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """`[P, N, N]` -> log-sum-exp of rows and columns `[P, N]`; where `valid` is not, a number in their range."""
     peak = similarity.max()
-    offset = _zero_point(peak)
+    offset = _shared_offset(peak)
     table = (similarity - offset).exp_()
     row, column = (table.sum(dim=dim).masked_fill_(~valid, 1) for dim in (2, 1))
-    if bool(torch.minimum(row.min(), column.min()) >= _floor(row.dtype, row.shape[-1])):
+    if bool(torch.minimum(row.min(), column.min()) >= _smallest_safe_sum(row.dtype, row.shape[-1])):
         return _wide(row).log() + offset, _wide(column).log() + offset
     return tuple(_wide(similarity).logsumexp(dim=dim).where(valid, peak) for dim in (2, 1))  # type: ignore[return-value]
 
@@ -192,7 +202,7 @@ class Members:
         return Members(self.group[vectors], self.groups, weight)
 
 
-class Standing:
+class Participants:
     """Which vectors take part in a pair of modalities, and what they stand for.
 
     Args:
@@ -205,7 +215,7 @@ class Standing:
         names, self.group = labels.unique(return_inverse=True)  # [G], [N]
         self.groups = len(names)
         self.present = {m: mask for m, mask in present.items() if not mask.all()}
-        self.vector = {m: vector_of_rows(labels, c) for m, c in classes.items()}  # [N] each
+        self.vector = {m: vector_of_rows(m, labels, c) for m, c in classes.items()}  # [N] each
         self.vectors = {m: len(c) for m, c in classes.items()}
 
     def pair(self, a: str, b: str) -> tuple[tuple[Tensor, Members], tuple[Tensor, Members]]:
@@ -228,8 +238,8 @@ def valid_rows(labels: Tensor, present: Mapping[str, Tensor], a: str, b: str) ->
     return present.get(a, everywhere) & present.get(b, everywhere)
 
 
-def vector_of_rows(labels: Tensor, classes: Tensor) -> Tensor:
-    """`[N]` labels and the `[K]` labels of some vectors -> `[N]` number of each row's vector.
+def vector_of_rows(modality: str, labels: Tensor, classes: Tensor) -> Tensor:
+    """`[N]` labels and the `[K]` labels of a modality's vectors -> `[N]` number of each row's vector.
 
     Raises:
         ValueError: a label has no vector, or several.
@@ -239,7 +249,8 @@ def vector_of_rows(labels: Tensor, classes: Tensor) -> Tensor:
     found = torch.searchsorted(ordered, labels, right=True) - first  # [N]
     if bool((found != 1).any()):
         wrong = labels[found != 1][0].item()
-        raise ValueError(f"label {wrong} has {found[found != 1][0].item()} vectors in classes, 1 is needed")
+        number = found[found != 1][0].item()
+        raise ValueError(f"{modality}: label {wrong} has {number} vectors in its classes, 1 is needed")
     return order[first]
 
 
@@ -267,7 +278,7 @@ class PairLoss(torch.autograd.Function):
         """Gradients of the two losses -> those of a, b and the scale."""
         a, b, scale, row, column = ctx.saved_tensors
         with torch.autocast(a.device.type, enabled=False):
-            da, db = both_gradients(a, b, scale, Softmax(row, column, g, h), *ctx.members)
+            da, db = both_gradients(a, b, scale, LogitGradient(row, column, g, h), *ctx.members)
             return da, db, torch.dot(a.flatten(), da.flatten()) / scale, None, None
 
 
@@ -304,12 +315,12 @@ def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members:
     offset = a.new_zeros(())
     for rows, block in _similarities(a, b, scale):
         if rows.start == 0:
-            offset = _zero_point(block.max())
+            offset = _shared_offset(block.max())
         block.sub_(offset).exp_()  # [m, J]
         torch.mv(block, b_rows, out=row_sum[rows])
         column_sum.addmv_(block.T, a_rows[rows])
     every = torch.cat([row_sum, column_sum])
-    if bool((every.min() >= _floor(a.dtype, len(every))) & (every.max() <= torch.finfo(a.dtype).max)):
+    if bool((every.min() >= _smallest_safe_sum(a.dtype, len(every))) & (every.max() <= torch.finfo(a.dtype).max)):
         return _wide(row_sum).log() + offset, _wide(column_sum).log() + offset
     return _both_lse_apart(a, b, scale, a_rows, b_rows)
 
@@ -340,13 +351,13 @@ def _lse_(block: Tensor, b_rows: Tensor) -> Tensor:
 
 
 def both_gradients(
-    a: Tensor, b: Tensor, scale: Tensor, softmax: Softmax, a_members: Members, b_members: Members
+    a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient, a_members: Members, b_members: Members
 ) -> tuple[Tensor, Tensor]:
     """dL/da `[K, D]` and dL/db `[J, D]` in one pass; the arguments are `row_gradient`'s, a complete as well."""
     a_vectors, b_vectors = a_members.times(a), b_members.times(b)
-    da = _towards_positives(a_members, b, b_members, softmax)
-    db = _towards_positives(b_members, a, a_members, softmax)
-    for rows, weights in _weights(a, b, scale, softmax):
+    da = _towards_positives(a_members, b, b_members, slope)
+    db = _towards_positives(b_members, a, a_members, slope)
+    for rows, weights in _weights(a, b, scale, slope):
         da[rows].addmm_(weights, b_vectors)
         db.addmm_(weights.T, a_vectors[rows])
     factor = scale / a_members.rows(a).sum()
@@ -354,7 +365,7 @@ def both_gradients(
 
 
 def row_gradient(
-    a: Tensor, b: Tensor, scale: Tensor, softmax: Softmax, a_members: Members, b_members: Members
+    a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient, a_members: Members, b_members: Members
 ) -> Tensor:
     """dL/da `[K, D]` of some vectors of one side against all vectors of the other.
 
@@ -362,29 +373,29 @@ def row_gradient(
         a: `[K, D]`.
         b: `[J, D]`.
         scale: a scalar.
-        softmax: of a's rows and b's columns.
+        slope: of a's rows and b's columns.
         a_members: what a's vectors stand for.
         b_members: what b's vectors stand for: every row of the batch.
     """
     b_vectors = b_members.times(b)
-    da = _towards_positives(a_members, b, b_members, softmax)
-    for rows, weights in _weights(a, b, scale, softmax):
+    da = _towards_positives(a_members, b, b_members, slope)
+    for rows, weights in _weights(a, b, scale, slope):
         da[rows].addmm_(weights, b_vectors)
     return a_members.times(da.mul_(scale / b_members.rows(b).sum()))
 
 
-def _towards_positives(members: Members, other: Tensor, other_members: Members, softmax: Softmax) -> Tensor:
+def _towards_positives(members: Members, other: Tensor, other_members: Members, slope: LogitGradient) -> Tensor:
     """The second part of the gradient, `-(g + h) B_y / n_y` for each vector of one side: `[K, D]`."""
-    factor = -(softmax.g + softmax.h) / other_members.counts(other)  # [G]
+    factor = -(slope.g + slope.h) / other_members.counts(other)  # [G]
     return other_members.sums(other).mul_(factor[:, None])[members.group]
 
 
-def _weights(a: Tensor, b: Tensor, scale: Tensor, softmax: Softmax) -> Iterator[tuple[slice, Tensor]]:
+def _weights(a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient) -> Iterator[tuple[slice, Tensor]]:
     """Rows and the `[m, J]` gradient with respect to their similarities."""
-    offset, scratch = softmax.offset(), None
+    scratch = None
     for rows, block in _similarities(a, b, scale):
         scratch = torch.empty_like(block) if scratch is None else scratch[: len(block)]
-        yield rows, softmax.apply_(block, rows, scratch, offset)
+        yield rows, slope.overwrite_(block, rows, scratch)
 
 
 def _similarities(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -213,43 +213,46 @@ class TextEncoder(nn.Module):
         distinct, number = tokens.unique(dim=0, return_inverse=True)  # [n, L], [b]
         mask = distinct != self.spec.pad_id  # [n, L]
         mask[:, 0] = True  # never a row without any token
-        ids = distinct if self.kept is None else self.row[distinct]  # [n, L]
-        states = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # [n, L, F]
+        states = self.network(input_ids=distinct, attention_mask=mask.long()).last_hidden_state  # [n, L, F]
         if self.spec.pooling == "cls":
             pooled = states[:, 0]
         else:
             pooled = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         return pooled[number]  # [b, F]
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """`[K, L]` token ids -> `[K, F]`, without gradient, some at a time."""
+    def encode(self, tokens: Tensor, device: torch.device) -> Tensor:
+        """`[K, L]` token ids -> `[K, F]`, without gradient, some at a time on a device."""
+        self.to(device)
         with torch.no_grad():
-            return torch.cat([self(part) for part in tokens.split(64)])
+            found = torch.cat([self(part.to(device)).cpu() for part in tokens.split(64)])
+        self.to("cpu")
+        return found
 
     def prune(self, tokens: Tensor) -> None:
-        """Leaves out the token embeddings that some captions do not use: they would not be trained.
+        """Leaves out the token embeddings that some captions do not use: they have no gradient.
 
-        They have no gradient, so that all else learns the same with less memory, optimiser state and traffic. The
-        encoder still takes the tokenizer's ids; `restored` gives the whole table.
+        All else learns the same with less memory, optimiser state and traffic; what is left out keeps its values,
+        where weight decay would shrink it. Tokens keep their ids; `restored` gives the whole table.
 
         Args:
             tokens: `[K, L]` of all captions that will be encoded.
         """
-        table = self._table()
+        table = self.network.get_input_embeddings()
+        if not isinstance(table, nn.Embedding):
+            raise ValueError(f"--text-model: its token embeddings are a {type(table).__name__}, no nn.Embedding")
         self.whole = table.weight.detach().clone()
         self.kept = torch.cat([tokens.flatten(), torch.tensor([self.spec.pad_id])]).unique()  # [v]
         row = torch.full((len(self.whole),), len(self.kept))  # of a token left out: none
         row[self.kept] = torch.arange(len(self.kept))
         self.register_buffer("row", row, persistent=False)
-        padding = None if table.padding_idx is None else int(row[table.padding_idx])
-        self.network.set_input_embeddings(
-            nn.Embedding(len(self.kept), self.whole.shape[1], padding, _weight=self.whole[self.kept])
-        )
+        table.weight, table.num_embeddings = nn.Parameter(self.whole[self.kept]), len(self.kept)
+        if table.padding_idx is not None:
+            table.padding_idx = int(row[table.padding_idx])
+        # A hook, so that a network that looks at the ids for positions, or scales its embeddings, still does.
+        table.register_forward_pre_hook(self._number)
 
-    def _table(self) -> nn.Embedding:
-        table = self.network.get_input_embeddings()
-        assert isinstance(table, nn.Embedding)
-        return table
+    def _number(self, _: nn.Module, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.row[tokens[0]],)
 
     def restored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dictionary with all token embeddings.
@@ -259,10 +262,10 @@ class TextEncoder(nn.Module):
         """
         full = {**self.state_dict(), **state}
         if self.kept is not None and self.whole is not None:
-            table = self._table().weight
-            name = next(f"network.{n}" for n, p in self.network.named_parameters() if p is table)
-            trained = full[name]
-            full[name] = self.whole.to(trained.dtype).index_copy(0, self.kept, trained.cpu())
+            table = self.network.get_input_embeddings().weight
+            for name, parameter in self.named_parameters(remove_duplicate=False):
+                if parameter is table:
+                    full[name] = self.whole.to(full[name].dtype).index_copy(0, self.kept, full[name].cpu())
         return full
 
 
@@ -308,6 +311,8 @@ def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrained
                 f"--text-model {name}: no folder with a model, not in the local cache, and the hub cannot be "
                 f"reached or has no such model; fetch it where there is a network, or take {SMALL_TEXT}"
             ) from None
+    if network.config.is_encoder_decoder:
+        raise ValueError(f"--text-model {name}: an encoder with a decoder; an encoder alone is needed")
     longest = int(captions.tokenise(tokenizer, texts).shape[1])
     limit = network.config.to_dict().get("max_position_embeddings", longest)
     if longest > limit:
@@ -322,7 +327,7 @@ class Text:
     """A text encoder made ready for the captions of a shard set.
 
     Attributes:
-        encoder: whole, as it is saved.
+        encoder: itself, of which `restored` gives all that is saved.
         tokenizer: its tokenizer.
         tower: what is trained in its place.
         inputs: `[K, ...]` what the tower takes for each caption: token ids, or vectors of a frozen encoder.
@@ -334,12 +339,12 @@ class Text:
     inputs: Tensor
 
 
-def text_for(name: str, texts: Sequence[str], *, frozen: bool) -> Text:
-    """`build_text`, pruned to the vocabulary of the captions, or encoded once and for all where it is frozen."""
+def text_for(name: str, texts: Sequence[str], *, frozen: bool, device: torch.device) -> Text:
+    """`build_text`, pruned to the vocabulary of the captions, or frozen and the captions encoded on a device."""
     encoder, tokenizer = build_text(name, texts)
     tokens = captions.tokenise(tokenizer, texts)
     if frozen:
-        return Text(encoder, tokenizer, EncodedText(encoder), encoder.encode(tokens))
+        return Text(encoder, tokenizer, EncodedText(encoder), encoder.encode(tokens, device))
     encoder.prune(tokens)
     return Text(encoder, tokenizer, encoder, tokens)
 

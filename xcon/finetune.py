@@ -71,7 +71,7 @@ def train() -> None:
         towers = start_from(cfg, begun) if begun else start_anew(cfg)
     if open_run(cfg, accelerator, **facts):
         accelerator.print(f"{cfg.out}: this run is complete")
-        accelerator.end_training()
+        launch.finish(accelerator)
         return
     spec = ModelSpec(
         kind="classifier", method=facts["init_method"],
@@ -153,7 +153,7 @@ def train() -> None:
     if accelerator.is_main_process:
         model.save(cfg.out, spec, checkpoints.weights(at.best_step or at.step).read_bytes())
     accelerator.print(f"{cfg.out}: complete, the weights of step {at.best_step or at.step}")
-    accelerator.end_training()
+    launch.finish(accelerator)
 
 
 def resolved(cfg: FinetuneConfig, begun: ModelSpec | None) -> FinetuneConfig:

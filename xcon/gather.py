@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from xcon import contrast, losses
-from xcon.contrast import Members, Softmax, Standing
+from xcon.contrast import LogitGradient, Members, Participants
 
 # Legend: W processes, b rows here, D width, K vectors of a modality on all processes, k of them here, V views.
 
@@ -215,10 +215,10 @@ class _Side:
         found[self.own_kept] = lse
         return found
 
-    def gradient(self, other: "_Side", scale: Tensor, softmax: Softmax) -> Tensor:
-        """DL of this process's vectors that take part, from the softmax of all K and the other modality's."""
-        row, column = softmax.row[self.mine][self.own_kept], softmax.column[other.kept]
-        local = Softmax(row, column, softmax.g, softmax.h)
+    def gradient(self, other: "_Side", scale: Tensor, slope: LogitGradient) -> Tensor:
+        """That of this process's vectors that take part, from the slope of all K and all of the other."""
+        row, column = slope.row[self.mine][self.own_kept], slope.column[other.kept]
+        local = LogitGradient(row, column, slope.g, slope.h)
         return contrast.row_gradient(self.own, other.vectors, scale, local, self.own_members, other.members)
 
 
@@ -230,36 +230,35 @@ class _Blocks(torch.autograd.Function):
         """`[k, D]` for each name -> `L_{a->b}` and `L_{b->a}`, scalars, for each pair of names."""
         parts = _gathered([*own, *batch.tensors()])
         everyones = batch.of(parts[len(names) :])
-        standing = Standing(everyones.labels, everyones.present, everyones.classes)
+        participants = Participants(everyones.labels, everyones.present, everyones.classes)
         ctx.pairs = []
         for pair in itertools.combinations(range(len(names)), 2):
-            kept = standing.pair(*(names[i] for i in pair))
+            kept = participants.pair(*(names[i] for i in pair))
             ctx.pairs.append((pair, [_Side(own[i], parts[i], *k) for i, k in zip(pair, kept, strict=True)]))
         ctx.lse = _gathered([lse for _, (a, b) in ctx.pairs for lse in (a.lse(b, scale), b.lse(a, scale))])
         ctx.save_for_backward(scale, *own)
-        found: list[Tensor] = []
+        terms: list[Tensor] = []
         for (_, (a, b)), row, column in zip(ctx.pairs, ctx.lse[::2], ctx.lse[1::2], strict=True):
-            found += contrast.from_lse(
+            terms += contrast.from_lse(
                 a.vectors, b.vectors, scale, a.members, b.members, row=row[a.kept], column=column[b.kept]
             )
-        return tuple(found)
+        return tuple(terms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the losses -> W times those of this process's vectors, and its part of the scale's."""
         scale, *own = ctx.saved_tensors
-        found = [torch.zeros_like(vectors) for vectors in own]
-        along = torch.zeros_like(scale)  # s dL/ds: the sum of <a_k, dL/da_k>
+        d_own = [torch.zeros_like(vectors) for vectors in own]
+        euler = torch.zeros_like(scale)  # s dL/ds: the sum of <a_k, dL/da_k>
+        upstream = zip(ctx.lse[::2], ctx.lse[1::2], gradients[::2], gradients[1::2], strict=True)
         with torch.autocast(scale.device.type, enabled=False):
-            for number, ((i, j), (a, b)) in enumerate(ctx.pairs):
+            for ((i, j), (a, b)), (row, column, g, h) in zip(ctx.pairs, upstream, strict=True):
                 if not len(a.vectors):
                     continue
-                part = slice(2 * number, 2 * number + 2)
-                (row, column), (g, h) = ctx.lse[part], gradients[part]
-                da = a.gradient(b, scale, Softmax(row, column, g, h))
-                db = b.gradient(a, scale, Softmax(column, row, h, g))
-                along += torch.dot(a.own.flatten(), da.flatten())
-                found[i][a.own_kept] += da
-                found[j][b.own_kept] += db
-        return world_size() * along / scale, None, None, *(world_size() * d for d in found)
+                da = a.gradient(b, scale, LogitGradient(row, column, g, h))
+                db = b.gradient(a, scale, LogitGradient(column, row, h, g))
+                euler += torch.dot(a.own.flatten(), da.flatten())
+                d_own[i][a.own_kept] += da
+                d_own[j][b.own_kept] += db
+        return world_size() * euler / scale, None, None, *(world_size() * d for d in d_own)

@@ -3,7 +3,7 @@
 The vectors of all parts are computed without their graph, the loss of the whole batch gives the gradient of each
 vector, and each part is encoded once more to pass its gradients on. The sum is the gradient of one large batch,
 for about a third more computing. What sees only a part is BatchNorm in training: it normalises by the statistics
-of the part, as small batches do.
+of the part, as small batches do, and its running statistics move once for each part.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def backward(
         embeddings, scale = wrapped(inputs)
         terms = loss(embeddings, scale)
         accelerator.backward(terms["total"])
-        return terms, scale
+        return {name: term.detach() for name, term in terms.items()}, scale.detach()  # the graph may go
 
     pieces = {m: x.tensor_split(count) for m, x in inputs.items()}
     # A modality of fewer vectors than parts, as captions may be, lends its first to the parts without: DDP and
@@ -67,7 +67,7 @@ def backward(
             along = [(z[: len(gradients[m][number])] * gradients[m][number]).sum() for m, z in embeddings.items()]
             accelerator.backward(torch.stack([*along, part_scale * scale_gradient * last]).sum())
     _set_random_state(after, accelerator.device)
-    return terms, scale
+    return {name: term.detach() for name, term in terms.items()}, scale.detach()
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def _gradients_kept_local(accelerator: Accelerator, wrapped: nn.Module) -> Itera
 
 @contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Puts buffers back: BatchNorm's running statistics count a batch once."""
+    """Puts buffers back: BatchNorm's running statistics count each part once, not twice."""
     before = [buffer.clone() for buffer in module.buffers()]
     yield
     with torch.no_grad():

@@ -3,8 +3,8 @@
 A batch is a dictionary: `image` `[b, 3, S, S]` uint8, `text` `[b, L]` token ids, `meta` `[b, 3]` lon and lat
 in degrees and the fraction of the year (NaN where unknown), and beside the modalities `label` `[b]` class ids,
 `index` `[b]` the records' numbers in their split, `weight` `[b]`, 0 for rows that only fill up the last batch.
-Where captions are shared by class, `text` has this process's part of the captions instead, and `caption` their
-class ids.
+Where captions are shared by class, `text` has this process's part of the captions instead, and `text_class` their
+class ids. For a frozen text encoder `text` are vectors `[b, F]` instead of token ids.
 """
 
 import contextlib
@@ -129,7 +129,10 @@ class ClassCaptions:
         each = math.ceil(len(distinct) / share.world_size)
         filled = np.pad(distinct, (0, each * share.world_size - len(distinct)), constant_values=-1)
         mine = torch.from_numpy(filled[share.rank * each : (share.rank + 1) * each])  # [k]
-        return {"text": self.texts[mine], "caption": mine}
+        return {
+            "text": self.texts[mine],  # of -1 the last caption, as good as any
+            "text_class": mine,
+        }
 
 
 def make_loader(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from xcon.contrast import PairLoss, Standing, TableLoss, take, valid_rows, vector_of_rows
+from xcon.contrast import PairLoss, Participants, TableLoss, take, valid_rows, vector_of_rows
 
 # Legend: N rows of the batch, b of them at hand, D width, C classes, K vectors, P pairs of modalities, V views.
 
@@ -89,7 +89,9 @@ def _by_tables(
     classes: Mapping[str, Tensor],
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     pairs = pairs_of(vectors)
-    rows = {m: z[vector_of_rows(labels, classes[m])] if m in classes else z for m, z in vectors.items()}  # [N, D]
+    rows = {
+        m: z[vector_of_rows(m, labels, classes[m])] if m in classes else z for m, z in vectors.items()
+    }  # [N, D]
     valid = torch.stack([valid_rows(labels, present, a, b) for a, b in pairs])  # [P, N]
     first, second = (torch.stack([rows[pair[side]] for pair in pairs]) for side in (0, 1))  # [P, N, D]
     forth, back = TableLoss.apply(first, second, scale, labels, valid)  # [P], [P]
@@ -100,10 +102,10 @@ def _by_blocks(
     vectors: Mapping[str, Tensor], labels: Tensor, scale: Tensor, present: Mapping[str, Tensor],
     classes: Mapping[str, Tensor],
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    standing = Standing(labels, present, classes)
+    participants = Participants(labels, present, classes)
     found = []
     for a, b in pairs_of(vectors):
-        (a_kept, a_members), (b_kept, b_members) = standing.pair(a, b)
+        (a_kept, a_members), (b_kept, b_members) = participants.pair(a, b)
         z_a, z_b = take(vectors[a], a_kept), take(vectors[b], b_kept)
         if len(z_a) > 0:
             found.append(PairLoss.apply(z_a, z_b, scale, a_members[a_kept], b_members[b_kept]))
@@ -138,6 +140,8 @@ def check(
     """Raises ValueError where the arguments of `cross_contrastive` do not agree in size or name."""
     if len(embeddings) < 2:
         raise ValueError(f"a cross-modal loss needs two modalities or more, not {list(embeddings)}")
+    for name, ids in {"labels": labels, **{f"classes of {m}": c for m, c in classes.items()}}.items():
+        _check_ids(name, ids)
     for name in {**present, **classes}:
         if name not in embeddings:
             kind = "a mask" if name in present else "classes"
@@ -157,10 +161,17 @@ def check(
             )
 
 
+def _check_ids(name: str, ids: Tensor) -> None:
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise ValueError(f"{name} are {list(ids.shape)} {ids.dtype}, a row of integers is needed")
+
+
 def clip(
     embeddings: Mapping[str, Tensor], scale: Tensor, *, present: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """CLIP's loss (Radford et al. 2021, figure 3; the paper's figure 4): each row is its own only positive.
+
+    The recipe `clip` reaches it by labels that are the records' numbers, which hold over processes as well.
 
     Args:
         embeddings: modality -> unit vectors `[N, D]`, two for CLIP itself.
@@ -170,8 +181,8 @@ def clip(
     Returns:
         As `cross_contrastive`; CLIP's own loss is half the total.
     """
-    rows = len(next(iter(embeddings.values())))
-    labels = torch.arange(rows, device=scale.device)
+    first = next(iter(embeddings.values()))
+    labels = torch.arange(len(first), device=first.device)
     return cross_contrastive(embeddings, labels, scale, present=present)
 
 
@@ -192,6 +203,7 @@ def supcon(views: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     Raises:
         ValueError: sizes that do not agree.
     """
+    _check_ids("labels", labels)
     if views.ndim != 3 or len(views) != len(labels):
         raise ValueError(f"views are {list(views.shape)}, [{len(labels)}, V, D] is needed")
     with torch.autocast(views.device.type, enabled=False):

@@ -103,7 +103,7 @@ def predict() -> None:
         evaluate(settings, network, spec, ShardSet(settings.shards), accelerator)
     else:
         rank(settings, network, spec, accelerator)
-    accelerator.end_training()
+    launch.finish(accelerator)
 
 
 # --------------------------------------------------------------------------------------------------------

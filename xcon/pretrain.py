@@ -66,11 +66,11 @@ def train() -> None:
     # Model
     set_seed(cfg.seed)
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-        towers, text = build_towers(cfg, shards)
+        towers, text = build_towers(cfg, shards, accelerator.device)
     facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
     if open_run(cfg, accelerator, **facts):
         accelerator.print(f"{cfg.out}: this run is complete")
-        accelerator.end_training()
+        launch.finish(accelerator)
         return
     contrastive = ContrastiveModel(towers, temperature=cfg.temperature, max_scale=cfg.max_scale)
     spec = ModelSpec(
@@ -154,7 +154,7 @@ def train() -> None:
             weights = model.with_whole_text(weights, text.encoder)
         model.save(cfg.out, spec, weights)
     accelerator.print(f"{cfg.out}: complete, the weights of step {at.best_step or at.step}")
-    accelerator.end_training()
+    launch.finish(accelerator)
 
 
 def resolved(cfg: PretrainConfig) -> PretrainConfig:
@@ -169,7 +169,9 @@ def resolved(cfg: PretrainConfig) -> PretrainConfig:
     )
 
 
-def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower], encoders.Text | None]:
+def build_towers(
+    cfg: PretrainConfig, shards: ShardSet, device: torch.device
+) -> tuple[dict[str, Tower], encoders.Text | None]:
     """The towers with their pre-trained weights, and what belongs to the text tower where there is one."""
     made: dict[str, encoders.Encoder] = {}
     text = None
@@ -179,7 +181,9 @@ def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower
                 str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size,
             )  # fmt: skip
         elif modality == "text":
-            text = encoders.text_for(cfg.text_model, shards.captions, frozen=cfg.text_frozen)
+            text = encoders.text_for(
+                cfg.text_model, shards.captions, frozen=cfg.text_frozen, device=device,
+            )  # fmt: skip
             made["text"] = text.tower
         else:
             made["meta"] = encoders.MetaEncoder(encoders.MetaSpec(cfg.meta_width, cfg.meta_depth))
@@ -188,7 +192,7 @@ def build_towers(cfg: PretrainConfig, shards: ShardSet) -> tuple[dict[str, Tower
 
 def loss_of(rows: Batch, matching: str, embeddings: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     """The losses of the global batch, from this process's rows and vectors."""
-    classes = {"text": rows["caption"]} if "caption" in rows else {}
+    classes = {"text": rows["text_class"]} if "text_class" in rows else {}
     labels = match_on(rows, matching)
     return gather.cross_contrastive(embeddings, labels, scale, present=present(rows), classes=classes)
 
@@ -209,7 +213,7 @@ def validate(
     split = shards.split("val")
     transform = images.eval_transform(spec.image) if spec.image else None
     records = Records(split, cfg.modalities, transform, texts)
-    together = cfg.micro_batch * share.world_size or cfg.batch_size
+    together = min(cfg.batch_size, cfg.micro_batch * share.world_size or cfg.batch_size)
     batches = evaluation_loader(records, share, batch_size=together)
 
     def embed(rows: Batch) -> dict[str, Tensor]:

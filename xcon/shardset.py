@@ -5,6 +5,7 @@ photographs are read from memory-mapped tars when asked for, in any order.
 """
 
 import dataclasses
+import functools
 import mmap
 from pathlib import Path
 
@@ -65,19 +66,23 @@ class ShardSet:
     @property
     def class_captions(self) -> np.ndarray:
         """`[C]` the caption that each class has most often, by its number in `captions`."""
-        return self._caption_counts().argmax(axis=1)
+        pairs, counts = self._captions_of_classes
+        found = np.zeros(len(self.card.classes), dtype=np.int64)
+        rarest_first = np.lexsort((-pairs[:, 1], counts))
+        found[pairs[rarest_first, 0]] = pairs[rarest_first, 1]  # the last one written stays
+        return found
 
     @property
     def one_caption_per_class(self) -> bool:
         """Whether the caption is a function of the class."""
-        return bool(((self._caption_counts() > 0).sum(axis=1) <= 1).all())
+        pairs, _ = self._captions_of_classes
+        return len(pairs) == len(np.unique(pairs[:, 0]))
 
-    def _caption_counts(self) -> np.ndarray:
-        """`[C, K]` records of each class with each caption."""
-        counts = np.zeros((len(self.card.classes), len(self.captions)), dtype=np.int64)
-        for split in self._splits.values():
-            np.add.at(counts, (split.class_id, split.caption), 1)
-        return counts
+    @functools.cached_property
+    def _captions_of_classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """`[P, 2]` the pairs of class and caption that there are, and `[P]` how many records have each."""
+        columns = [np.stack([split.class_id, split.caption], axis=1) for split in self._splits.values()]
+        return np.unique(np.concatenate(columns), axis=0, return_counts=True)
 
 
 @dataclasses.dataclass
