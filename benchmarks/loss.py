@@ -5,7 +5,7 @@
     python benchmarks/loss.py --rows 32768 --memory-only
 
 Times are CPU time of forward and backward, to the three embeddings and to the scale where the loss has one: the
-smallest of several rounds, in each of which every loss has its turn. The peers, open_clip_torch and
+smallest of several rounds in which every loss has its turn. The peers, open_clip_torch and
 pytorch-metric-learning, come by these names from PyPI; xcon itself does not need them.
 """
 
@@ -50,7 +50,7 @@ class Settings:
     cosine: float = 0.5
     """Similarity of two vectors of one class: 0 before training, towards 1 late in it."""
     seconds: float = 20.0
-    """About how long to go on at each size; 3 rounds at least, 300 at most."""
+    """About how long to go on at each size; 3 rounds at least, 30 at most."""
     memory_only: bool = False
     """Only ours at the largest size, in a process that does nothing else."""
     out: Path | None = None
@@ -186,7 +186,7 @@ def main() -> None:
         found[rows] = measure(batch, names, settings.seconds)
         if rows <= ERRORS_UP_TO:
             errors[rows] = errors_of(batch, Batch(settings, rows, torch.float64))
-        print(f"{rows} rows: {found[rows][OURS]['rounds']} rounds", flush=True)
+        print(f"{rows} rows: {found[rows][OURS]['runs']} runs each", flush=True)
     show(settings, found, errors)
     if settings.out:
         given = {"torch": torch.__version__, "scale": settings.scale, "cosine": settings.cosine}
@@ -194,7 +194,11 @@ def main() -> None:
 
 
 def measure(batch: Batch, names: list[str], seconds: float) -> dict[str, dict[str, float]]:
-    """Peak live bytes of each loss, which warms it up, and its CPU milliseconds."""
+    """Peak live bytes of each loss, which warms it up, and its CPU milliseconds.
+
+    Small batches run several times in a turn: their times depend on whose code and data the caches hold.
+    """
+    runs = max(1, 1024 // len(batch.labels))
 
     def milliseconds(name: str) -> float:
         begun = time.process_time()
@@ -203,11 +207,14 @@ def measure(batch: Batch, names: list[str], seconds: float) -> dict[str, dict[st
 
     begun = time.process_time()
     live = [peak_live_bytes(lambda name=name: batch.backward(LOSSES[name])) for name in names]
-    rounds = min(max(3, int(seconds / (time.process_time() - begun))), 300)
-    turns = [[milliseconds(name) for name in names] for _ in range(rounds)]
+    rounds = min(max(3, int(seconds / runs / (time.process_time() - begun))), 30)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            times[name] += [milliseconds(name) for _ in range(runs)]
     return {
-        name: {"ms": min(ms), "median_ms": statistics.median(ms), "rounds": rounds, "live_bytes": peak}
-        for name, ms, peak in zip(names, zip(*turns, strict=True), live, strict=True)
+        name: {"ms": min(ms), "median_ms": statistics.median(ms), "runs": len(ms), "live_bytes": peak}
+        for (name, ms), peak in zip(times.items(), live, strict=True)
     }
 
 
@@ -238,7 +245,7 @@ def memory_of_ours(settings: Settings) -> str:
 
 def show(settings: Settings, found: dict[int, dict], errors: dict[int, dict]) -> None:
     """Times, peak live bytes and errors."""
-    console = Console(width=140)
+    console = Console(width=150)
     given = f"D = {WIDTH}, {CLASSES} classes, scale {settings.scale:g}, cosine within a class {settings.cosine:g}"
     limits = ", ".join(f"{name} {rows}" for name, rows in LIMIT.items())
     note = f"* another loss   -: over 12 GiB or many minutes, above these numbers of rows: {limits}"
@@ -248,19 +255,23 @@ def show(settings: Settings, found: dict[int, dict], errors: dict[int, dict]) ->
     ):
         table = Table("rows", *LOSSES, title=f"{title}\n{given}", caption=note)
         for rows, each in found.items():
-            values = [each.get(name, {}).get(key) for name in LOSSES]
-            table.add_row(str(rows), *(f"{v / unit:.3g} ({v / values[0]:.2f}x)" if v else "-" for v in values))
+            ours = each[OURS][key] / unit
+            cells = [cell(each[name][key] / unit, ours) if name in each else "-" for name in LOSSES]
+            table.add_row(str(rows), *cells)
         console.print(table)
     for rows, more in itertools.pairwise(found):
         growth = found[more][OURS]["live_bytes"] / found[rows][OURS]["live_bytes"]
-        console.print(
-            f"{OURS}: live bytes grow as B^{math.log(growth, more / rows):.2f} from {rows} to {more} rows"
-        )
+        console.print(f"{OURS}: live bytes as B^{math.log(growth, more / rows):.2f} from {rows} to {more} rows")
     table = Table("rows", "", "loss", "image", "text", "meta", "scale", title="Relative error in float32")
     for rows, each in errors.items():
         for name, error in each.items():
             table.add_row(str(rows), name, *(f"{value:.1e}" for value in error.values()))
     console.print(table)
+
+
+def cell(value: float, ours: float) -> str:
+    """A number and its ratio to ours."""
+    return f"{value:.{0 if value > 100 else 2}f} ({value / ours:.2f}x)"
 
 
 if __name__ == "__main__":

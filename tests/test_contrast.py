@@ -273,7 +273,7 @@ def test_blocks_are_the_similarities_row_by_row() -> None:
 # Rare branches
 
 
-LOG_SUM_EXPS_APART = {"blocks": "blocks' log-sum-exps apart", "tables": "tables' log-sum-exps apart"}
+BLOCKS_APART, TABLES_APART = "blocks' log-sum-exps apart", "tables' softmax apart"
 TWO_EXPONENTIALS = "two exponentials"
 
 
@@ -284,7 +284,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     both_lse_apart, offset, logsumexp = contrast._both_lse_apart, LogitGradient.offset, Tensor.logsumexp
 
     def spy_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
-        ran.append(LOG_SUM_EXPS_APART["blocks"])
+        ran.append(BLOCKS_APART)
         return both_lse_apart(*arguments)
 
     def spy_offset(slope: LogitGradient) -> Tensor | None:
@@ -294,7 +294,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return found
 
     def spy_table(table: Tensor, dim: int) -> Tensor:
-        ran.append(LOG_SUM_EXPS_APART["tables"])
+        ran.append(TABLES_APART)
         return logsumexp(table, dim=dim)
 
     monkeypatch.setattr(contrast, "_both_lse_apart", spy_lse)
@@ -337,7 +337,7 @@ def test_a_wide_range_takes_two_exponentials(
 ) -> None:
     batch = dataclasses.replace(batch, scale=scale)
     found = small_blocks(batch, way, dtype)
-    assert set(taken) == {LOG_SUM_EXPS_APART[way], TWO_EXPONENTIALS}
+    assert set(taken) == ({BLOCKS_APART, TWO_EXPONENTIALS} if way == "blocks" else {TABLES_APART})
     compare(batch, found)
 
 
@@ -346,7 +346,7 @@ def test_pairs_far_from_each_other_in_one_table(taken: list[str], dtype: torch.d
     """Image and text agree, place opposes both: two of the three tables lie far below the first one."""
     batch = along(UP, scale, text=UP, meta=DOWN)
     compare(batch, small_blocks(batch, "tables", dtype))
-    assert set(taken) == {LOG_SUM_EXPS_APART["tables"], TWO_EXPONENTIALS}
+    assert set(taken) == {TABLES_APART}
     taken.clear()
     compare(batch, small_blocks(batch, "blocks", dtype))  # each pair by itself
     assert taken == []
@@ -360,7 +360,7 @@ def test_a_later_block_may_be_larger_than_the_first(taken: list[str], dtype: tor
     """
     batch = along(HALF, scale, text=UP)
     compare(batch, small_blocks(batch, "blocks", dtype))
-    assert taken == [LOG_SUM_EXPS_APART["blocks"]]
+    assert taken == [BLOCKS_APART]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -373,9 +373,7 @@ def test_usual_batches_take_one_exponential(taken: list[str], way: str, scale: f
     assert taken == []
 
 
-@pytest.mark.parametrize(
-    ("scale", "branches"), [(14.3, set()), (5000.0, {LOG_SUM_EXPS_APART["blocks"], TWO_EXPONENTIALS})]
-)
+@pytest.mark.parametrize(("scale", "branches"), [(14.3, set()), (5000.0, {BLOCKS_APART, TWO_EXPONENTIALS})])
 def test_parts_of_the_rows_are_parts_of_the_whole(taken: list[str], scale: float, branches: set[str]) -> None:
     """Where processes share the rows, each has its own log-sum-exps and gradients from all the columns.
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import threshold
 
 # Legend: N rows, K and J vectors of two sides, D width, G classes, P pairs of modalities, m rows of a block.
 
@@ -43,10 +44,10 @@ class LogitGradient:
     row or column share, several times that of the similarities' own last digits, which are independent.
 
     Attributes:
-        row: `[..., K]` r, float64.
-        column: `[..., J]` c, float64.
-        g: `[...]` gradients of `L_{a->b}`.
-        h: `[...]` gradients of `L_{b->a}`.
+        row: `[K]` r, float64.
+        column: `[J]` c, float64.
+        g: gradient of `L_{a->b}`, a scalar.
+        h: gradient of `L_{b->a}`, a scalar.
     """
 
     row: Tensor
@@ -54,31 +55,30 @@ class LogitGradient:
     g: Tensor
     h: Tensor
 
-    def offset(self) -> Tensor | None:
+    def offset(self) -> float | None:
         """What one exponential for rows and columns is relative to; None where their range is too wide."""
-        every = torch.cat([self.row, self.column], dim=-1)
-        offset = _shared_offset(every.max().to(self.g.dtype))
-        smallest = _smallest_safe_sum(offset.dtype, every.shape[-1])
-        return offset if bool((every.min() - offset).exp() >= smallest) else None
+        every = torch.cat([self.row, self.column])
+        low, high = (x.item() for x in every.aminmax())
+        offset = _shared_offset(high, self.g.dtype)
+        return offset if math.exp(low - offset) >= _smallest_safe_sum(self.g.dtype, len(every)) else None
 
     @functools.cached_property
-    def _parts(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        """The offset; for rows `[..., K, 1]` and columns `[..., 1, J]` what to subtract, and the factor after."""
-        offset, found = self.offset(), []
-        for lse, gradient, dim in ((self.row, self.g, -1), (self.column, self.h, -2)):
-            subtracted = lse.to(gradient.dtype) if offset is None else offset.expand_as(lse)
-            factor = gradient[..., None] * (subtracted - lse).exp().to(gradient.dtype)
-            found += [subtracted.unsqueeze(dim), factor.unsqueeze(dim)]
-        return offset, *found  # type: ignore[return-value]
+    def _parts(self) -> tuple[float | None, Tensor, Tensor, Tensor, Tensor]:
+        """The offset; without one, what is subtracted, of rows and of columns; the factors `[K]`, `[J]` after."""
+        offset, dtype = self.offset(), self.g.dtype
+        row, column = self.row.to(dtype), self.column.to(dtype)
+        row_factor = self.g * ((row if offset is None else offset) - self.row).exp()
+        column_factor = self.h * ((column if offset is None else offset) - self.column).exp()
+        return offset, row, column, row_factor.to(dtype), column_factor.to(dtype)
 
     def overwrite_(self, block: Tensor, rows: slice, scratch: Tensor) -> Tensor:
-        """Similarities `[..., m, J]` of some rows -> their gradient, in the scratch; both are overwritten."""
-        offset, row, row_factor, column, column_factor = self._parts
+        """Similarities `[m, J]` of some rows -> their gradient, in the scratch; both are overwritten."""
+        offset, row, column, row_factor, column_factor = self._parts
         if offset is None:
-            torch.sub(block, column, out=scratch).exp_().mul_(column_factor)
-            return scratch.add_(block.sub_(row[..., rows, :]).exp_().mul_(row_factor[..., rows, :]))
-        torch.add(row_factor[..., rows, :], column_factor, out=scratch)
-        return scratch.mul_(block.sub_(offset).exp_())
+            _exp_(torch.sub(block, column, out=scratch)).mul_(column_factor)
+            return scratch.add_(_exp_(block.sub_(row[rows, None])).mul_(row_factor[rows, None]))
+        torch.add(row_factor[rows, None], column_factor, out=scratch)
+        return scratch.mul_(_exp_(block.sub_(offset) if offset else block))
 
 
 def _wide(numbers: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ def _wide(numbers: Tensor) -> Tensor:
     return numbers if numbers.device.type == "mps" else numbers.double()
 
 
-def _shared_offset(peak: Tensor) -> Tensor:
+def _shared_offset(peak: float, dtype: torch.dtype) -> float:
     """What shared exponentials are relative to, given the largest similarity.
 
     As near to zero as goes, for the digits of the logarithm, and so far below the peak that little underflows: in
-    float32 zero up to a peak of 62, and 81 for the 143 that the paper's scale allows.
+    float32 zero up to a peak of 62, and 80 for the 143 that the paper's scale allows.
     """
-    headroom = 0.7 * math.log(torch.finfo(peak.dtype).max)
-    return (peak - headroom).clamp(min=0).minimum(peak)
+    offset = min(peak, max(0.0, peak - 0.7 * math.log(torch.finfo(dtype).max)))
+    return float(math.floor(offset))  # a whole number, so that it is subtracted without rounding
 
 
 def _smallest_safe_sum(dtype: torch.dtype, terms: int) -> float:
@@ -113,7 +113,7 @@ class TableLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, labels: Tensor, valid: Tensor
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, labels: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Losses `[P]` of the first sides and of the second.
 
@@ -123,43 +123,87 @@ class TableLoss(torch.autograd.Function):
             b: `[P, N, D]` second sides.
             scale: a scalar.
             labels: `[N]`.
-            valid: `[P, N]` bool, rows that have both sides.
+            valid: `[P, N]` bool, rows that have both sides; None: all.
         """
-        a, b = (side.masked_fill(~valid[..., None], 0) for side in (a, b))
-        both = valid[:, :, None] & valid[:, None, :]  # [P, N, N]
-        target = ((labels[:, None] == labels) & both).to(a.dtype)
+        target = (labels[:, None] == labels).to(a.dtype)  # [N, N]
+        n: Tensor | int = len(labels)
+        missing = None
+        if valid is not None:
+            a, b = (side.masked_fill(~valid[..., None], 0) for side in (a, b))
+            missing = ~(valid[:, :, None] & valid[:, None, :])  # [P, N, N]
+            target, n = target.expand_as(missing).masked_fill(missing, 0), valid.sum(dim=1).clamp_(min=1)  # [P]
         target /= target.sum(dim=-1, keepdim=True).clamp_(min=1)
         similarity = (scale * a) @ b.mT  # [P, N, N]
-        positive = (similarity * target).sum(dim=(1, 2))  # [P]
-        similarity.masked_fill_(~both, torch.finfo(a.dtype).min)
-        row, column = _table_lse(similarity, valid)  # [P, N]
-        n = valid.sum(dim=1).clamp_(min=1)
-        ctx.save_for_backward(a, b, scale, target, similarity, row, column, n)
-        forth, back = (((lse * valid).sum(dim=1) - positive) / n for lse in (row, column))
-        return forth.to(a.dtype), back.to(a.dtype)
+        flat, flat_target = similarity.flatten(1), target.flatten(-2)  # [P, N N], [N N] or [P, N N]
+        positive = flat @ flat_target if valid is None else torch.linalg.vecdot(flat, flat_target)  # [P]
+        row, column, ctx.kept = _table_lse(similarity, missing)  # [P, N]
+        ctx.save_for_backward(a, b, scale, target)
+        ctx.n = n
+        if valid is not None:
+            row, column = row * valid, column * valid
+        return (row.sum(dim=1) - positive) / n, (column.sum(dim=1) - positive) / n
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients `[P]` of the two sides' losses -> those of a, b and the scale."""
-        a, b, scale, target, similarity, row, column, n = ctx.saved_tensors
+        a, b, scale, target = ctx.saved_tensors
+        g, h = ((scale / ctx.n * x)[:, None, None] for x in (g, h))  # [P, 1, 1]
         with torch.autocast(a.device.type, enabled=False):
-            slope = LogitGradient(row, column, scale / n * g, scale / n * h)
-            weights = slope.overwrite_(similarity.clone(), slice(None), torch.empty_like(similarity))
-            weights -= (slope.g + slope.h)[:, None, None] * target
-            da, db = weights @ b, weights.mT @ a  # [P, N, D]
+            if len(ctx.kept) == 3:
+                exponentials, row_sum, column_sum = ctx.kept
+                slope = (g / row_sum[..., None] + h / column_sum[:, None]).mul_(exponentials)
+            else:
+                slope = torch.addcmul(g * ctx.kept[0], h, ctx.kept[1])
+            slope.addcmul_(target, g + h, value=-1)
+            da, db = slope @ b, slope.mT @ a  # [P, N, D]
             return da, db, torch.dot(a.flatten(), da.flatten()) / scale, None, None
 
 
-def _table_lse(similarity: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """`[P, N, N]` -> log-sum-exp of rows and columns `[P, N]`; where `valid` is not, a number in their range."""
-    peak = similarity.max()
-    offset = _shared_offset(peak)
-    table = (similarity - offset).exp_()
-    row, column = (table.sum(dim=dim).masked_fill_(~valid, 1) for dim in (2, 1))
-    if bool(torch.minimum(row.min(), column.min()) >= _smallest_safe_sum(row.dtype, row.shape[-1])):
-        return _wide(row).log() + offset, _wide(column).log() + offset
-    return tuple(_wide(similarity).logsumexp(dim=dim).where(valid, peak) for dim in (2, 1))  # type: ignore[return-value]
+def _table_lse(similarity: Tensor, missing: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Log-sum-exp of the rows and columns of tables, and what is kept for their gradient.
+
+    Args:
+        similarity: `[P, N, N]`.
+        missing: `[P, N, N]` bool, where there is none; None: nowhere.
+
+    Returns:
+        `[P, N]` each, any number where a whole row or column is missing; then exponentials `[P, N, N]` and their
+        sums over rows and columns; or, where one exponential cannot serve both, the softmax of rows and that of
+        columns.
+    """
+    low, high = (x.item() for x in similarity.aminmax())
+    offset = _shared_offset(high, similarity.dtype)
+    smallest = _smallest_safe_sum(similarity.dtype, similarity.shape[-1])
+    exponentials = _exp_(similarity - offset if offset else similarity.clone(), lowest=low - offset)
+    if missing is not None:
+        exponentials.masked_fill_(missing, 0)
+    sums = exponentials.sum(dim=2), exponentials.sum(dim=1)
+    if missing is not None:
+        whole = missing.all(dim=2)  # and the columns' alike
+        sums = sums[0].masked_fill_(whole, 1), sums[1].masked_fill_(whole, 1)
+    if math.exp(low - offset) >= smallest or min(x.min().item() for x in sums) >= smallest:
+        row, column = (x.log().add_(offset) for x in sums)
+        return row, column, (exponentials, *sums)
+    if missing is not None:
+        similarity.masked_fill_(missing, torch.finfo(similarity.dtype).min)
+    row, column = similarity.logsumexp(dim=2), similarity.logsumexp(dim=1)
+    tiny = torch.finfo(similarity.dtype).tiny  # smaller numbers cost a processor 30 times as much
+    softmax = [threshold(similarity.softmax(dim=dim), tiny, 0, inplace=True) for dim in (2, 1)]
+    if missing is not None:
+        softmax = [x.masked_fill_(missing, 0) for x in softmax]
+    return row, column, tuple(softmax)
+
+
+def _exp_(block: Tensor, *, lowest: float = -math.inf) -> Tensor:
+    """Exponentials in place, of no less than normal numbers: a processor takes 30 times as long below them.
+
+    Args:
+        block: of any shape.
+        lowest: known not to be above any of its numbers.
+    """
+    least = math.ceil(math.log(torch.finfo(block.dtype).tiny))
+    return block.exp_() if lowest >= least else block.clamp_(min=least).exp_()
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -312,11 +356,11 @@ def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members:
     """
     a_rows, b_rows = a_members.rows(a), b_members.rows(b)
     row_sum, column_sum = a.new_empty(len(a)), b.new_zeros(len(b))
-    offset = a.new_zeros(())
+    offset = 0.0
     for rows, block in _similarities(a, b, scale):
         if rows.start == 0:
-            offset = _shared_offset(block.max())
-        block.sub_(offset).exp_()  # [m, J]
+            offset = _shared_offset(block.max().item(), a.dtype)
+        _exp_(block.sub_(offset) if offset else block)  # [m, J]
         torch.mv(block, b_rows, out=row_sum[rows])
         column_sum.addmv_(block.T, a_rows[rows])
     every = torch.cat([row_sum, column_sum])
@@ -330,7 +374,7 @@ def _both_lse_apart(a: Tensor, b: Tensor, scale: Tensor, a_rows: Tensor, b_rows:
     peak, column_sum = b.new_full((len(b),), -math.inf), b.new_zeros(len(b))  # of the columns so far
     for rows, block in _similarities(a, b, scale):
         higher = torch.maximum(peak, block.amax(dim=0))  # [J]
-        column_sum.mul_(torch.exp(peak - higher)).addmv_(torch.exp(block - higher).T, a_rows[rows])
+        column_sum.mul_(torch.exp(peak - higher)).addmv_(_exp_(block - higher).T, a_rows[rows])
         peak = higher
         row[rows] = _lse_(block, b_rows)
     return row, _wide(column_sum).log() + peak
@@ -347,7 +391,7 @@ def row_lse(a: Tensor, b: Tensor, scale: Tensor, b_members: Members) -> Tensor:
 def _lse_(block: Tensor, b_rows: Tensor) -> Tensor:
     """`[m, J]` similarities, which are overwritten, and `[J]` weights -> `[m]`."""
     peak = block.amax(dim=1)  # [m]
-    return _wide(torch.mv(block.sub_(peak[:, None]).exp_(), b_rows)).log() + peak
+    return _wide(torch.mv(_exp_(block.sub_(peak[:, None])), b_rows)).log() + peak
 
 
 def both_gradients(
@@ -387,7 +431,7 @@ def row_gradient(
 def _towards_positives(members: Members, other: Tensor, other_members: Members, slope: LogitGradient) -> Tensor:
     """The second part of the gradient, `-(g + h) B_y / n_y` for each vector of one side: `[K, D]`."""
     factor = -(slope.g + slope.h) / other_members.counts(other)  # [G]
-    return other_members.sums(other).mul_(factor[:, None])[members.group]
+    return other_members.sums(other).mul_(factor[:, None]).index_select(0, members.group)
 
 
 def _weights(a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient) -> Iterator[tuple[slice, Tensor]]:

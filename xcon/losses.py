@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy, embedding, logsigmoid
 
 from xcon.contrast import PairLoss, Participants, TableLoss, take, valid_rows, vector_of_rows
 
@@ -42,7 +42,7 @@ def by_definition(
         positive = (labels[rows, None] == labels[rows]).to(logits.dtype)  # [n, n]
         targets = positive / positive.sum(dim=1, keepdim=True)
         losses[f"{a}->{b}"] = cross_entropy(logits, targets) if rows.any() else logits.sum()
-    return {**losses, "total": torch.stack(list(losses.values())).sum()}
+    return with_total(losses)
 
 
 def cross_contrastive(
@@ -81,27 +81,29 @@ def cross_contrastive(
     with torch.autocast(labels.device.type, enabled=False):
         vectors, scale = widened(embeddings, scale)
         compute = _by_tables if 0 < len(labels) <= TABLE_ROWS else _by_blocks
-        return named(pairs_of(vectors), compute(vectors, labels, scale, present, classes))
+        return compute(vectors, labels, scale, present, classes)
 
 
 def _by_tables(
     vectors: Mapping[str, Tensor], labels: Tensor, scale: Tensor, present: Mapping[str, Tensor],
     classes: Mapping[str, Tensor],
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+) -> dict[str, Tensor]:  # fmt: skip
     pairs = pairs_of(vectors)
     rows = {
-        m: z[vector_of_rows(m, labels, classes[m])] if m in classes else z for m, z in vectors.items()
+        m: embedding(vector_of_rows(m, labels, classes[m]), z) if m in classes else z for m, z in vectors.items()
     }  # [N, D]
-    valid = torch.stack([valid_rows(labels, present, a, b) for a, b in pairs])  # [P, N]
+    valid = torch.stack([valid_rows(labels, present, a, b) for a, b in pairs]) if present else None  # [P, N]
+    valid = None if valid is None or valid.all() else valid
     first, second = (torch.stack([rows[pair[side]] for pair in pairs]) for side in (0, 1))  # [P, N, D]
     forth, back = TableLoss.apply(first, second, scale, labels, valid)  # [P], [P]
-    return list(zip(forth.unbind(), back.unbind(), strict=True))
+    terms = named(pairs, list(zip(forth.unbind(), back.unbind(), strict=True)))
+    return {**terms, "total": (forth + back).sum()}
 
 
 def _by_blocks(
     vectors: Mapping[str, Tensor], labels: Tensor, scale: Tensor, present: Mapping[str, Tensor],
     classes: Mapping[str, Tensor],
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+) -> dict[str, Tensor]:  # fmt: skip
     participants = Participants(labels, present, classes)
     found = []
     for a, b in pairs_of(vectors):
@@ -112,7 +114,7 @@ def _by_blocks(
         else:
             zero = z_a.sum() + z_b.sum() + 0 * scale  # part of the graph
             found.append((zero, zero))
-    return found
+    return with_total(named(pairs_of(vectors), found))
 
 
 def widened(embeddings: Mapping[str, Tensor], scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -127,10 +129,15 @@ def pairs_of(embeddings: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def named(pairs: Sequence[tuple[str, str]], losses: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The losses of each pair in both directions, by name, and `"total"`, their sum."""
+    """The losses of each pair in both directions, by name."""
     terms: dict[str, Tensor] = {}
     for (a, b), (forth, back) in zip(pairs, losses, strict=True):
         terms |= {f"{a}->{b}": forth, f"{b}->{a}": back}
+    return terms
+
+
+def with_total(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The losses and `"total"`, their sum."""
     return {**terms, "total": torch.stack(list(terms.values())).sum()}
 
 
@@ -249,7 +256,7 @@ def siglip(
             sign = 2 * (labels[rows, None] == labels[rows]).to(z_a.dtype) - 1  # [n, n]
             logits = scale * z_a @ z_b.T + bias  # [n, n]
             terms[f"{a}<->{b}"] = -logsigmoid(sign * logits).sum() / max(1, len(z_a))
-    return {**terms, "total": torch.stack(list(terms.values())).sum()}
+    return with_total(terms)
 
 
 def share_of_cross_entropy(
