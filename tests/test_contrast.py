@@ -384,7 +384,7 @@ def test_parts_of_the_rows_are_parts_of_the_whole(taken: list[str], scale: float
     a_members = Members(torch.arange(9) % 4, 4, torch.tensor([1, 2, 1, 1, 3, 1, 1, 1, 1]))
     b_members = Members(torch.arange(7) % 4, 4, torch.tensor([1, 1, 4, 1, 2, 1, 2]))
     with going("blocks", block=1, rows=2):
-        row, column = contrast.both_lse(a, b, s, a_members, b_members)
+        row, column, _ = contrast.both_lse(a, b, s, a_members, b_members)
         slope = LogitGradient(row, column, torch.tensor(0.7).double(), torch.tensor(-1.3).double())
         da, db = contrast.both_gradients(a, b, s, slope, a_members, b_members)
         weighed = scale * a @ b.T + b_members.weight.double().log()

@@ -18,7 +18,7 @@ and b's alike. The loss depends on s and a through s a alone, hence s dL/ds = su
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ class LogitGradient:
             return scratch.add_(_exp_(block.sub_(row[rows, None])).mul_(row_factor[rows, None]))
         torch.add(row_factor[rows, None], column_factor, out=scratch)
         return scratch.mul_(_exp_(block.sub_(offset) if offset else block))
+
+    def of_exponentials(self, exponentials: Tensor) -> Tensor:
+        """The gradient of all similarities `[K, J]` from `exp(S - offset)`."""
+        _, _, _, row_factor, column_factor = self._parts
+        return torch.add(row_factor[:, None], column_factor).mul_(exponentials)
 
 
 def _wide(numbers: Tensor) -> Tensor:
@@ -304,14 +309,14 @@ def take(vectors: Tensor, kept: Tensor) -> Tensor:
 
 
 class PairLoss(torch.autograd.Function):
-    """Both losses of a pair, by blocks that are computed again in the backward pass."""
+    """Both losses of a pair, by blocks; the backward pass computes them again unless there is only one."""
 
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members
     ) -> tuple[Tensor, Tensor]:
         """`[K, D]` and `[J, D]`, at least one vector each -> `L_{a->b}` and `L_{b->a}`, scalars."""
-        row, column = both_lse(a, b, scale, a_members, b_members)
+        row, column, ctx.kept = both_lse(a, b, scale, a_members, b_members)
         ctx.save_for_backward(a, b, scale, row, column)
         ctx.members = a_members, b_members
         return from_lse(a, b, scale, a_members, b_members, row=row, column=column)
@@ -322,7 +327,8 @@ class PairLoss(torch.autograd.Function):
         """Gradients of the two losses -> those of a, b and the scale."""
         a, b, scale, row, column = ctx.saved_tensors
         with torch.autocast(a.device.type, enabled=False):
-            da, db = both_gradients(a, b, scale, LogitGradient(row, column, g, h), *ctx.members)
+            slope = LogitGradient(row, column, g, h)
+            da, db = both_gradients(a, b, scale, slope, *ctx.members, kept=ctx.kept)
             return da, db, torch.dot(a.flatten(), da.flatten()) / scale, None, None
 
 
@@ -338,7 +344,9 @@ def from_lse(
     return (forth / n).to(a.dtype), (back / n).to(a.dtype)
 
 
-def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members) -> tuple[Tensor, Tensor]:
+def both_lse(
+    a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members
+) -> tuple[Tensor, Tensor, tuple[Tensor, float] | None]:
     """Log-sum-exp of rows and of columns in one pass over the similarities.
 
     One exponential serves rows and columns as long as none of them vanishes beside the largest; where one does,
@@ -352,7 +360,7 @@ def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members:
         b_members: what b's vectors stand for.
 
     Returns:
-        `[K]` and `[J]`.
+        `[K]` and `[J]`; and where one block was all, its exponentials `[K, J]` and what they are relative to.
     """
     a_rows, b_rows = a_members.rows(a), b_members.rows(b)
     row_sum, column_sum = a.new_empty(len(a)), b.new_zeros(len(b))
@@ -365,8 +373,9 @@ def both_lse(a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members:
         column_sum.addmv_(block.T, a_rows[rows])
     every = torch.cat([row_sum, column_sum])
     if bool((every.min() >= _smallest_safe_sum(a.dtype, len(every))) & (every.max() <= torch.finfo(a.dtype).max)):
-        return _wide(row_sum).log() + offset, _wide(column_sum).log() + offset
-    return _both_lse_apart(a, b, scale, a_rows, b_rows)
+        row, column = _wide(row_sum).log() + offset, _wide(column_sum).log() + offset
+        return row, column, (block, offset) if len(block) == len(a) else None
+    return *_both_lse_apart(a, b, scale, a_rows, b_rows), None
 
 
 def _both_lse_apart(a: Tensor, b: Tensor, scale: Tensor, a_rows: Tensor, b_rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,13 +404,20 @@ def _lse_(block: Tensor, b_rows: Tensor) -> Tensor:
 
 
 def both_gradients(
-    a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient, a_members: Members, b_members: Members
-) -> tuple[Tensor, Tensor]:
-    """dL/da `[K, D]` and dL/db `[J, D]` in one pass; the arguments are `row_gradient`'s, a complete as well."""
+    a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient, a_members: Members, b_members: Members,
+    *, kept: tuple[Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dL/da `[K, D]` and dL/db `[J, D]` in one pass.
+
+    The arguments are `row_gradient`'s, a complete as well, and what `both_lse` kept.
+    """
     a_vectors, b_vectors = a_members.times(a), b_members.times(b)
     da = _towards_positives(a_members, b, b_members, slope)
     db = _towards_positives(b_members, a, a_members, slope)
-    for rows, weights in _weights(a, b, scale, slope):
+    parts: Iterable[tuple[slice, Tensor]] = _weights(a, b, scale, slope)
+    if kept and kept[1] == slope.offset():
+        parts = [(slice(None), slope.of_exponentials(kept[0]))]
+    for rows, weights in parts:
         da[rows].addmm_(weights, b_vectors)
         db.addmm_(weights.T, a_vectors[rows])
     factor = scale / a_members.rows(a).sum()
