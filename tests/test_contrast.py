@@ -490,3 +490,17 @@ def test_memory_grows_with_the_rows_and_not_with_their_square() -> None:
     assert middle <= 10 * (4 * 4096**2) / 15
     assert middle <= 10 * (4 * 4096 * 256)
     assert math.log(large / small) / math.log(8192 / 2048) <= 1.1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_numbers_that_are_none_are_passed_on(way: str, wrong: float) -> None:
+    """The loss is not a number then, and whoever trains is told at which step; nothing is raised in between."""
+    vectors = {m: near(torch.arange(6), 4, 1.0, i).float().requires_grad_() for i, m in enumerate(MODALITIES)}
+    spoilt = {**vectors, "image": vectors["image"] * torch.tensor([wrong, 1, 1, 1, 1, 1])[:, None]}
+    with going(way):
+        total = losses.cross_contrastive(spoilt, torch.arange(6) % 3, torch.tensor(14.3))["total"]
+        total.backward()
+    assert total.isnan()
+    assert vectors["meta"].grad is not None
+    assert not vectors["meta"].grad.isfinite().all()

@@ -18,7 +18,7 @@ and b's alike. The loss depends on s and a through s a alone, hence s dL/ds = su
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ from torch.nn.functional import threshold
 # Legend: N rows, K and J vectors of two sides, D width, G classes, P pairs of modalities, m rows of a block.
 
 # Similarities in a block, and rows at least: a processor's cache holds it, a GPU wants larger products.
-_BLOCK, _BLOCK_ON_GPU, _BLOCK_ROWS = 2**20, 2**25, 128
+_BLOCK, _BLOCK_ON_GPU, _BLOCK_ROWS = 2**20, 2**25, 256
+# Exponentials are kept for the backward pass where one side has no more vectors, captions as a rule.
+_KEPT = 1024
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ class LogitGradient:
         every = torch.cat([self.row, self.column])
         low, high = (x.item() for x in every.aminmax())
         offset = _shared_offset(high, self.g.dtype)
-        return offset if math.exp(low - offset) >= _smallest_safe_sum(self.g.dtype, len(every)) else None
+        return offset if low - offset >= math.log(_smallest_safe_sum(self.g.dtype, len(every))) else None
 
     @functools.cached_property
     def _parts(self) -> tuple[float | None, Tensor, Tensor, Tensor, Tensor]:
@@ -80,10 +82,20 @@ class LogitGradient:
         torch.add(row_factor[rows, None], column_factor, out=scratch)
         return scratch.mul_(_exp_(block.sub_(offset) if offset else block))
 
-    def of_exponentials(self, exponentials: Tensor) -> Tensor:
-        """The gradient of all similarities `[K, J]` from `exp(S - offset)`."""
-        _, _, _, row_factor, column_factor = self._parts
-        return torch.add(row_factor[:, None], column_factor).mul_(exponentials)
+    def of_kept(self, kept: "Kept") -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their gradient `[m, J]`, from exponentials that were kept."""
+        row_factor = (self.g * (kept.offset - self.row).exp()).to(self.g.dtype)
+        column_factor = (self.h * (kept.offset - self.column).exp()).to(self.g.dtype)
+        for rows, exponentials in kept.blocks:
+            yield rows, torch.add(row_factor[rows, None], column_factor).mul_(exponentials)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Blocks of `exp(S - offset)` with their rows."""
+
+    blocks: list[tuple[slice, Tensor]]
+    offset: float
 
 
 def _wide(numbers: Tensor) -> Tensor:
@@ -97,6 +109,8 @@ def _shared_offset(peak: float, dtype: torch.dtype) -> float:
     As near to zero as goes, for the digits of the logarithm, and so far below the peak that little underflows: in
     float32 zero up to a peak of 62, and 80 for the 143 that the paper's scale allows.
     """
+    if not math.isfinite(peak):
+        return 0.0
     offset = min(peak, max(0.0, peak - 0.7 * math.log(torch.finfo(dtype).max)))
     return float(math.floor(offset))  # a whole number, so that it is subtracted without rounding
 
@@ -187,7 +201,7 @@ def _table_lse(similarity: Tensor, missing: Tensor | None) -> tuple[Tensor, Tens
     if missing is not None:
         whole = missing.all(dim=2)  # and the columns' alike
         sums = sums[0].masked_fill_(whole, 1), sums[1].masked_fill_(whole, 1)
-    if math.exp(low - offset) >= smallest or min(x.min().item() for x in sums) >= smallest:
+    if low - offset >= math.log(smallest) or min(x.min().item() for x in sums) >= smallest:
         row, column = (x.log().add_(offset) for x in sums)
         return row, column, (exponentials, *sums)
     if missing is not None:
@@ -309,7 +323,7 @@ def take(vectors: Tensor, kept: Tensor) -> Tensor:
 
 
 class PairLoss(torch.autograd.Function):
-    """Both losses of a pair, by blocks; the backward pass computes them again unless there is only one."""
+    """Both losses of a pair, by blocks; the backward pass computes them again unless they are few (`_KEPT`)."""
 
     @staticmethod
     def forward(
@@ -337,7 +351,7 @@ def from_lse(
 ) -> tuple[Tensor, Tensor]:
     """`L_{a->b}` and `L_{b->a}` from the vectors `[K, D]`, `[J, D]` and the log-sum-exps `[K]`, `[J]`."""
     products = torch.linalg.vecdot(a_members.sums(a), b_members.sums(b))  # [G]
-    positive = scale * (products / a_members.counts(a)).sum()
+    positive = _wide(scale) * _wide(products / a_members.counts(a)).sum()
     a_rows, b_rows = a_members.rows(a), b_members.rows(b)
     n = a_rows.sum().clamp(min=1)
     forth, back = (torch.dot(_wide(w), lse) - positive for w, lse in ((a_rows, row), (b_rows, column)))
@@ -346,7 +360,7 @@ def from_lse(
 
 def both_lse(
     a: Tensor, b: Tensor, scale: Tensor, a_members: Members, b_members: Members
-) -> tuple[Tensor, Tensor, tuple[Tensor, float] | None]:
+) -> tuple[Tensor, Tensor, Kept | None]:
     """Log-sum-exp of rows and of columns in one pass over the similarities.
 
     One exponential serves rows and columns as long as none of them vanishes beside the largest; where one does,
@@ -360,12 +374,15 @@ def both_lse(
         b_members: what b's vectors stand for.
 
     Returns:
-        `[K]` and `[J]`; and where one block was all, its exponentials `[K, J]` and what they are relative to.
+        `[K]` and `[J]`; and where few vectors face many, the exponentials.
     """
     a_rows, b_rows = a_members.rows(a), b_members.rows(b)
     row_sum, column_sum = a.new_empty(len(a)), b.new_zeros(len(b))
     offset = 0.0
-    for rows, block in _similarities(a, b, scale):
+    keep, blocks = min(len(a), len(b)) <= _KEPT, []
+    for rows, block in _similarities(a, b, scale, apart=keep):
+        if keep:
+            blocks.append((rows, block))
         if rows.start == 0:
             offset = _shared_offset(block.max().item(), a.dtype)
         _exp_(block.sub_(offset) if offset else block)  # [m, J]
@@ -374,7 +391,7 @@ def both_lse(
     every = torch.cat([row_sum, column_sum])
     if bool((every.min() >= _smallest_safe_sum(a.dtype, len(every))) & (every.max() <= torch.finfo(a.dtype).max)):
         row, column = _wide(row_sum).log() + offset, _wide(column_sum).log() + offset
-        return row, column, (block, offset) if len(block) == len(a) else None
+        return row, column, Kept(blocks, offset) if keep else None
     return *_both_lse_apart(a, b, scale, a_rows, b_rows), None
 
 
@@ -405,7 +422,7 @@ def _lse_(block: Tensor, b_rows: Tensor) -> Tensor:
 
 def both_gradients(
     a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient, a_members: Members, b_members: Members,
-    *, kept: tuple[Tensor, float] | None = None,
+    *, kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dL/da `[K, D]` and dL/db `[J, D]` in one pass.
 
@@ -414,10 +431,7 @@ def both_gradients(
     a_vectors, b_vectors = a_members.times(a), b_members.times(b)
     da = _towards_positives(a_members, b, b_members, slope)
     db = _towards_positives(b_members, a, a_members, slope)
-    parts: Iterable[tuple[slice, Tensor]] = _weights(a, b, scale, slope)
-    if kept and kept[1] == slope.offset():
-        parts = [(slice(None), slope.of_exponentials(kept[0]))]
-    for rows, weights in parts:
+    for rows, weights in slope.of_kept(kept) if kept else _weights(a, b, scale, slope):
         da[rows].addmm_(weights, b_vectors)
         db.addmm_(weights.T, a_vectors[rows])
     factor = scale / a_members.rows(a).sum()
@@ -458,10 +472,14 @@ def _weights(a: Tensor, b: Tensor, scale: Tensor, slope: LogitGradient) -> Itera
         yield rows, slope.overwrite_(block, rows, scratch)
 
 
-def _similarities(a: Tensor, b: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their `[m, J]` similarities times the scale, in one memory that the next block takes over."""
+def _similarities(a: Tensor, b: Tensor, scale: Tensor, *, apart: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their `[m, J]` similarities times the scale, in one memory that the next block takes over.
+
+    Or, where the blocks are to be kept, each apart.
+    """
     size = max(_BLOCK_ROWS, (_BLOCK_ON_GPU if a.is_cuda else _BLOCK) // max(1, len(b)))
-    memory = a.new_empty(min(size, len(a)), len(b))
+    memory = a.new_empty(len(a) if apart else min(size, len(a)), len(b))
     for start in range(0, len(a), size):
         rows = slice(start, min(start + size, len(a)))
-        yield rows, torch.mm(a[rows] * scale, b.T, out=memory[: rows.stop - start])
+        block = memory[rows] if apart else memory[: rows.stop - start]
+        yield rows, torch.mm(a[rows] * scale, b.T, out=block)

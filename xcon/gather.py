@@ -38,7 +38,8 @@ def cross_contrastive(
 ) -> dict[str, Tensor]:
     """`losses.cross_contrastive` of the rows of all processes; see there.
 
-    Every process must call it with as many rows and vectors and the same modalities.
+    Every process must call it with as many rows (leave out or fill up a last batch that is shorter), with the same
+    modalities and masks in the same order, and with the same scale.
 
     Args:
         embeddings: modality -> unit vectors `[b, D]`, the rows of this process.
@@ -46,7 +47,8 @@ def cross_contrastive(
         scale: 1 / temperature, the same positive scalar on all processes.
         present: modality -> `[b]` bool, the rows that have it.
         classes: modality -> `[k]` labels of its vectors `[k, D]`: this process's part of those that the labels of
-            the global batch need.
+            the global batch need. Each label has its vector on one process alone, and all have as many: parts that
+            fall short are filled up with any vector and a label that no row has, as -1.
 
     Returns:
         The losses of the global batch, equal on all processes.

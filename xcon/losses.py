@@ -19,7 +19,7 @@ from xcon.contrast import PairLoss, Participants, TableLoss, take, valid_rows, v
 # Legend: N rows of the batch, b of them at hand, D width, C classes, K vectors, P pairs of modalities, V views.
 
 # Up to here whole tables of similarities are faster than blocks of them; benchmarks/loss.py measures both.
-TABLE_ROWS = 512
+TABLE_ROWS = 256
 
 
 def by_definition(
@@ -56,7 +56,7 @@ def cross_contrastive(
     """The loss of every ordered pair of modalities, and their sum.
 
     For three modalities these are the paper's six terms, L_total of section 3.1. Computed in float32 or wider,
-    under autocast too; bring vectors of half precision to unit length in float32.
+    under autocast too; bring vectors of half precision to unit length in float32. Differentiable once.
 
     Args:
         embeddings: modality -> unit vectors `[N, D]`, at least two modalities.
@@ -120,7 +120,9 @@ def _by_blocks(
 def widened(embeddings: Mapping[str, Tensor], scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """The vectors and the scale, a scalar, in one type: float32 or wider."""
     dtype = functools.reduce(torch.promote_types, (z.dtype for z in embeddings.values()), torch.float32)
-    return {m: z.to(dtype) for m, z in embeddings.items()}, scale.to(dtype).reshape(())
+    device = next(iter(embeddings.values())).device
+    scale = torch.as_tensor(scale, dtype=dtype, device=device).reshape(())  # a plain number will do
+    return {m: z.to(dtype) for m, z in embeddings.items()}, scale
 
 
 def pairs_of(embeddings: Mapping[str, Tensor]) -> list[tuple[str, str]]:
