@@ -114,15 +114,19 @@ def test_two_processes_killed_and_resumed_learn_the_same(
     finish(strategy, tiny_shards, run)
 
     assert processes(run) == PROCESSES[strategy]
-    # Adam does not feel a gradient that is wrong by a factor; its norm does, and it is what differs most where
-    # captions are encoded in other company. Seen: 1.5e-4, 1.2e-6, 1.4e-2 (in the last steps), 5e-4.
-    for name, tolerance in (("total", 1e-3), ("scale", 1e-4), ("grad_norm", 5e-2)):
+    # Adam does not feel a gradient that is wrong by a factor; its norm does. The first epoch shows equality: seen
+    # there 6e-7, 0, 2.4e-5. Then, at learning rates a hundred times the paper's, Adam makes steps of rounding errors
+    # (a process encodes its captions in other company), and the runs drift: seen 9e-4, 1e-5, 1.4e-2; weights 1e-2.
+    for name, at_first, later in (("total", 1e-5, 5e-3), ("scale", 1e-6, 1e-4), ("grad_norm", 2e-4, 1e-1)):
         expected, found = trajectory(undisturbed, name), trajectory(run, name)
-        assert found == pytest.approx(expected, rel=tolerance), name
+        assert found == pytest.approx(expected, rel=later), name
+        assert [found[s] for s in range(1, 7)] == pytest.approx(
+            [expected[s] for s in range(1, 7)], rel=at_first
+        ), name
     weights, reference = (load_file(folder / "model.safetensors") for folder in (run, undisturbed))
     assert weights.keys() == reference.keys()
     distance, norm = (
         torch.cat([tensors[name].double().flatten() for name in sorted(reference)]).norm()
         for tensors in ({name: weights[name] - reference[name] for name in reference}, reference)
     )
-    assert distance < 5e-3 * norm
+    assert distance < 3e-2 * norm
