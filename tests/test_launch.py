@@ -115,8 +115,8 @@ def test_two_processes_killed_and_resumed_learn_the_same(
 
     assert processes(run) == PROCESSES[strategy]
     # Adam does not feel a gradient that is wrong by a factor; its norm does. The first epoch shows equality: seen
-    # there 6e-7, 0, 2.4e-5. Then, at learning rates a hundred times the paper's, Adam makes steps of rounding errors
-    # (a process encodes its captions in other company), and the runs drift: seen 9e-4, 1e-5, 1.4e-2; weights 1e-2.
+    # there 6e-7, 0, 2.4e-5. Later, at learning rates a hundred times the paper's, Adam makes steps of rounding
+    # errors (a process encodes its captions in other company): seen 9e-4, 1e-5, 1.4e-2, and 1e-2 of the weights.
     for name, at_first, later in (("total", 1e-5, 5e-3), ("scale", 1e-6, 1e-4), ("grad_norm", 2e-4, 1e-1)):
         expected, found = trajectory(undisturbed, name), trajectory(run, name)
         assert found == pytest.approx(expected, rel=later), name
