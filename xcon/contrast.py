@@ -69,9 +69,13 @@ class LogitGradient:
         """The offset; without one, what is subtracted, of rows and of columns; the factors `[K]`, `[J]` after."""
         offset, dtype = self.offset(), self.g.dtype
         row, column = self.row.to(dtype), self.column.to(dtype)
-        row_factor = self.g * ((row if offset is None else offset) - self.row).exp()
-        column_factor = self.h * ((column if offset is None else offset) - self.column).exp()
-        return offset, row, column, row_factor.to(dtype), column_factor.to(dtype)
+        factors = self._factors(row, column) if offset is None else self._factors(offset, offset)
+        return offset, row, column, *factors
+
+    def _factors(self, row: Tensor | float, column: Tensor | float) -> tuple[Tensor, Tensor]:
+        """`[K]` and `[J]`, what turns exponentials relative to these numbers into rows' and columns' softmax."""
+        row_factor, column_factor = self.g * (row - self.row).exp(), self.h * (column - self.column).exp()
+        return row_factor.to(self.g.dtype), column_factor.to(self.g.dtype)
 
     def overwrite_(self, block: Tensor, rows: slice, scratch: Tensor) -> Tensor:
         """Similarities `[m, J]` of some rows -> their gradient, in the scratch; both are overwritten."""
@@ -84,8 +88,7 @@ class LogitGradient:
 
     def of_kept(self, kept: "Kept") -> Iterator[tuple[slice, Tensor]]:
         """Rows and their gradient `[m, J]`, from exponentials that were kept."""
-        row_factor = (self.g * (kept.offset - self.row).exp()).to(self.g.dtype)
-        column_factor = (self.h * (kept.offset - self.column).exp()).to(self.g.dtype)
+        row_factor, column_factor = self._factors(kept.offset, kept.offset)
         for rows, exponentials in kept.blocks:
             yield rows, torch.add(row_factor[rows, None], column_factor).mul_(exponentials)
 

@@ -65,7 +65,7 @@ def cross_contrastive(
     with torch.autocast(labels.device.type, enabled=False):
         vectors, scale = losses.widened(embeddings, scale)
         found = _Blocks.apply(scale, batch, tuple(vectors), *vectors.values())
-        terms = losses.named(losses.pairs_of(vectors), list(zip(found[::2], found[1::2], strict=True)))
+        terms = losses.named(losses.pairs_of(vectors), zip(found[::2], found[1::2], strict=True))
         return losses.with_total(terms)
 
 

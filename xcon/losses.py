@@ -8,7 +8,7 @@ memory that grows with the batch and not with its square, as `xcon.contrast` exp
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def _by_tables(
     valid = None if valid is None or valid.all() else valid
     first, second = (torch.stack([rows[pair[side]] for pair in pairs]) for side in (0, 1))  # [P, N, D]
     forth, back = TableLoss.apply(first, second, scale, labels, valid)  # [P], [P]
-    terms = named(pairs, list(zip(forth.unbind(), back.unbind(), strict=True)))
+    terms = named(pairs, zip(forth.unbind(), back.unbind(), strict=True))
     return {**terms, "total": (forth + back).sum()}
 
 
@@ -130,7 +130,7 @@ def pairs_of(embeddings: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return list(itertools.combinations(embeddings, 2))
 
 
-def named(pairs: Sequence[tuple[str, str]], losses: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def named(pairs: Iterable[tuple[str, str]], losses: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """The losses of each pair in both directions, by name."""
     terms: dict[str, Tensor] = {}
     for (a, b), (forth, back) in zip(pairs, losses, strict=True):
@@ -216,7 +216,8 @@ def supcon(views: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     if views.ndim != 3 or len(views) != len(labels):
         raise ValueError(f"views are {list(views.shape)}, [{len(labels)}, V, D] is needed")
     with torch.autocast(views.device.type, enabled=False):
-        z = views.to(torch.promote_types(views.dtype, torch.float32)).flatten(0, 1)  # [NV, D]
+        vectors, scale = widened({"views": views}, scale)
+        z = vectors["views"].flatten(0, 1)  # [NV, D]
         label = labels.repeat_interleave(views.shape[1])  # [NV]
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = (label[:, None] == label) & ~itself  # [NV, NV]

@@ -38,7 +38,7 @@ from xcon.loader import (
     match_on,
     present,
     to_device,
-)  # fmt: skip
+)
 from xcon.model import ContrastiveModel, ModelSpec, Tower
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
@@ -181,9 +181,7 @@ def build_towers(
                 str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size,
             )  # fmt: skip
         elif modality == "text":
-            text = encoders.text_for(
-                cfg.text_model, shards.captions, frozen=cfg.text_frozen, device=device,
-            )  # fmt: skip
+            text = encoders.text_for(cfg.text_model, shards.captions, frozen=cfg.text_frozen, device=device)
             made["text"] = text.tower
         else:
             made["meta"] = encoders.MetaEncoder(encoders.MetaSpec(cfg.meta_width, cfg.meta_depth))

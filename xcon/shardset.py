@@ -63,7 +63,7 @@ class ShardSet:
         """Whether there are records in a split."""
         return name in self._splits and len(self._splits[name]) > 0
 
-    @property
+    @functools.cached_property
     def class_captions(self) -> np.ndarray:
         """`[C]` the caption that each class has most often, by its number in `captions`."""
         pairs, counts = self._captions_of_classes
