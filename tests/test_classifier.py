@@ -3,12 +3,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from xcon import classifier, encoders, model
-from xcon.classifier import Classifier
+from xcon.classifier import Concatenation, Product
 from xcon.encoders import MetaEncoder, MetaSpec
 from xcon.model import ModelSpec, Tower
 
@@ -27,9 +28,9 @@ def photos() -> Tensor:
     return torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-def network() -> Classifier:
+def network() -> Concatenation:
     torch.manual_seed(2)
-    made = Classifier(towers(), embed_dim=6, hidden=5, classes=3).eval()
+    made = Concatenation(towers(), embed_dim=6, hidden=5, classes=3).eval()
     with torch.no_grad():
         made.absent.copy_(torch.arange(6) / 3)
     return made
@@ -40,7 +41,7 @@ def test_two_layers_by_hand() -> None:
 
     (3, 1): hidden (4, 2), scores (5, 4). (1, 2): hidden (3, 0), scores (4, 0).
     """
-    made = Classifier({"image": nn.Identity(), "meta": nn.Identity()}, embed_dim=1, hidden=2, classes=2)
+    made = Concatenation({"image": nn.Identity(), "meta": nn.Identity()}, embed_dim=1, hidden=2, classes=2)
     with torch.no_grad():
         made.head[1].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
         made.head[1].bias.zero_()
@@ -52,7 +53,7 @@ def test_two_layers_by_hand() -> None:
 
 def test_scores_are_those_of_the_concatenated_embeddings() -> None:
     made = network()
-    found = made({"image": photos(), "meta": PLACES})
+    found = made.score({"image": photos(), "meta": PLACES})
     image, meta = made.towers["image"](photos()), made.towers["meta"](PLACES)
     meta = torch.stack([meta[0], made.absent, meta[2], meta[3]])
     torch.testing.assert_close(found, made.head(torch.cat([image, meta], dim=1)))
@@ -78,17 +79,17 @@ def test_the_absent_vector_learns_from_those_rows_alone() -> None:
 
 
 def test_an_image_classifier_needs_no_metadata() -> None:
-    made = Classifier({"image": towers()["image"]}, embed_dim=6, hidden=5, classes=3).eval()
+    made = Concatenation({"image": towers()["image"]}, embed_dim=6, hidden=5, classes=3).eval()
     assert not hasattr(made, "absent")
-    torch.testing.assert_close(made({"image": photos()}), made.head(made.towers["image"](photos())))
+    torch.testing.assert_close(made.score({"image": photos()}), made.head(made.towers["image"](photos())))
 
 
 def test_dropout_is_before_each_layer_and_off_in_evaluation() -> None:
-    made = Classifier(towers(), embed_dim=6, hidden=5, classes=3, dropout=0.5)
+    made = Concatenation(towers(), embed_dim=6, hidden=5, classes=3, dropout=0.5)
     batch = {"image": photos(), "meta": PLACES}
     assert [m.p for m in made.head if isinstance(m, nn.Dropout)] == [0.5, 0.5]
     made.eval()
-    assert torch.equal(made(batch), made(batch))
+    assert torch.equal(made.score(batch), made.score(batch))
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_a_saved_classifier_comes_back(run: Path) -> None:
     again, spec = classifier.load(run)
     batch = {"image": photos(), "meta": PLACES}
     assert not again.training
-    assert torch.equal(again(batch), network()(batch))
+    assert torch.equal(again.score(batch), network().score(batch))
     assert torch.equal(again.absent, network().absent)
     assert spec.raw_class_ids == [5, 6, 7]
 
@@ -119,8 +120,104 @@ def test_the_order_of_the_modalities_comes_back(tmp_path: Path) -> None:
         kind="classifier", method="test", embed_dim=6, hidden=5, classes=CLASSES, shards_sha256="0" * 64,
         **model.specs_of(turned),
     )  # fmt: skip
-    trained = classifier.build(spec, turned).eval()
+    trained = classifier.build(spec, turned, prior=torch.ones(3) / 3).eval()
     model.save(tmp_path, spec, model.weights_to_bytes(trained.state_dict()))
     again, _ = classifier.load(tmp_path)
     batch = {"image": photos(), "meta": PLACES}
-    torch.testing.assert_close(again(batch), trained(batch))
+    torch.testing.assert_close(again.score(batch), trained.score(batch))
+
+
+# --------------------------------------------------------------------------------------------------------
+# The product of experts
+
+IMAGE, META = torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0.2, 0.8]]).log()
+
+
+def product(doubt: float) -> Product:
+    """Of two equally frequent classes."""
+    torch.manual_seed(3)
+    return Product(towers(), embed_dim=6, hidden=5, prior=torch.tensor([0.5, 0.5]), doubt=doubt).eval()
+
+
+@pytest.mark.parametrize(
+    ("doubt", "sharpness", "expected"),
+    [
+        (0.0, 1.0, (0.6 * 0.4, 0.4 * 1.6)),  # p(y | meta) / p(y) is 0.4 and 1.6
+        (0.5, 1.0, (0.6 * 0.7, 0.4 * 1.3)),  # half of the way to 1
+        (0.0, 2.0, (0.36 * 0.4, 0.16 * 1.6)),
+    ],
+)
+def test_bayes_by_hand(doubt: float, sharpness: float, expected: tuple[float, float]) -> None:
+    made = product(doubt)
+    made.sharpness.fill_(sharpness)
+    found = made.classify({"image": IMAGE, "meta": META}).softmax(dim=1)[0]
+    torch.testing.assert_close(found, torch.tensor(expected) / sum(expected))
+
+
+def test_a_photograph_alone_is_left_as_it_is() -> None:
+    """No metadata, no say: the posterior is the image's own, and the metadata expert learns nothing of it."""
+    made = product(0.2)
+    photo, places = photos()[:1], torch.full((1, 3), NAN)
+    trained = made({"image": photo, "meta": places})
+    torch.testing.assert_close(made.combine(trained).softmax(dim=1), trained["image"].exp())
+    trained["meta"].sum().requires_grad_().backward()
+    assert all(p.grad is None or not p.grad.any() for p in made.parameters())
+
+
+def test_a_wrong_place_counts_for_no_less_than_the_doubt() -> None:
+    """A place that excludes the class costs it a factor of the doubt, and the other gains at most 2 - doubt."""
+    made = product(0.1)
+    sure = torch.tensor([[0.99, 0.01]]).log()
+    excluded = torch.tensor([[1e-30, 1.0]]).log()
+    odds = made.classify({"image": sure, "meta": excluded}).softmax(dim=1)[0]
+    torch.testing.assert_close(odds[0] / odds[1], torch.tensor(99 * 0.1 / 1.9))
+
+
+def test_calibration_finds_the_temperature() -> None:
+    """Scores (z, -z) that are right eight times in ten: 1 / (1 + exp(-2 a z)) = 0.8 at a = ln 4 / (2 z)."""
+    made = Concatenation(towers(), embed_dim=6, hidden=5, classes=2)
+    scores = torch.tensor([[3.0, -3.0]]).expand(10_000, 2)
+    made.calibrate({"joint": scores}, torch.tensor([0] * 8_000 + [1] * 2_000))
+    assert made.sharpness.item() == pytest.approx(math.log(4) / 6, rel=1e-3)
+    assert torch.equal(made.combine({"joint": scores}), made.sharpness * scores)
+
+
+def test_calibration_keeps_its_head_where_all_is_right() -> None:
+    """Ten of ten: without the expectation a -> infinity. With it 10 * 2 z p(wrong) = log(a) / a."""
+    made = Concatenation(towers(), embed_dim=6, hidden=5, classes=2)
+    made.calibrate({"joint": torch.tensor([[2.0, -2.0]]).expand(10, 2)}, torch.zeros(10, dtype=torch.long))
+    a = made.sharpness.item()
+    assert 1 < a < 2
+    assert 10 * 4 / (1 + math.exp(4 * a)) == pytest.approx(math.log(a) / a, rel=1e-3)
+
+
+def test_calibration_leaves_the_metadata_as_it_is() -> None:
+    """The image says nothing, so any sharpness does; the metadata's odds are those it was given."""
+    made = product(0.0)
+    flat = torch.full((4, 2), 0.5).log()
+    made.calibrate({"image": flat, "meta": META.expand(4, 2)}, torch.tensor([1, 1, 1, 0]))
+    torch.testing.assert_close(made.classify({"image": flat[:1], "meta": META}).softmax(dim=1), META.exp())
+
+
+def test_a_saved_product_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    prior = torch.tensor([0.5, 0.3, 0.2])
+    made = Product(towers(), embed_dim=6, hidden=5, prior=prior, doubt=0.25).eval()
+    made.sharpness.fill_(1.5)
+    spec = ModelSpec(
+        kind="classifier", method="test", embed_dim=6, hidden=5, classes=CLASSES, shards_sha256="0" * 64,
+        fusion="product", **model.specs_of(made.towers),
+    )  # fmt: skip
+    model.save(tmp_path, spec, model.weights_to_bytes(made.state_dict()))
+    again, _ = classifier.load(tmp_path)
+    batch = {"image": photos(), "meta": PLACES}
+    assert isinstance(again, Product)
+    assert (again.doubt.item(), again.sharpness.item()) == (0.25, 1.5)
+    torch.testing.assert_close(again.log_prior.exp(), prior)
+    assert torch.equal(again.score(batch), made.score(batch))
+
+
+def test_class_shares_by_hand() -> None:
+    """Records 2, 0, 1, and one more of each: 3, 1, 2 of 6."""
+    found = classifier.class_shares(np.array([0, 2, 0]), 3)
+    torch.testing.assert_close(found, torch.tensor([3, 1, 2]) / 6)

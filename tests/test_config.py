@@ -230,3 +230,17 @@ def test_accumulation_is_for_fine_tuning_alone() -> None:
     with pytest.raises(ValueError, match="refused for pre-training"):
         pretrain(accumulation_steps=4)
     assert FinetuneConfig(shards=Path("s"), out=Path("o"), accumulation_steps=4).accumulation_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(fusion="product", modalities=("image",), meta_dropout=0.0), "of two modalities"),
+        (dict(fusion="product"), "--meta-dropout 0.1: unused"),
+        (dict(doubt=0.2), "--doubt 0.2: unused, --fusion is concatenation"),
+        (dict(fusion="product", meta_dropout=0.0, doubt=1.0), "--doubt 1.0: a share in"),
+    ],
+)
+def test_a_product_is_of_two_experts_that_learn_alone(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(shards=Path("s"), out=Path("o"), **settings)

@@ -222,7 +222,7 @@ def test_probability_is_the_models_own_at_every_place(run: Path, photo: Path) ->
         for column in range(4):
             meta = torch.tensor([[lon[column], lat[row], 0.5]], dtype=torch.float32)
             with torch.inference_mode():
-                alone = network({"image": pixels, "meta": meta}).softmax(dim=1)[0, :2].sum()
+                alone = network.score({"image": pixels, "meta": meta}).softmax(dim=1)[0, :2].sum()
             assert found[row, column] == pytest.approx(float(alone), abs=1e-6)
     assert found.std() > 0
     others = maps.species_probability(network, held, [2, 3], **settings, batch=100)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from xcon import optim
-from xcon.classifier import Classifier
+from xcon.classifier import Concatenation
 from xcon.encoders import MetaEncoder, MetaSpec, build_image
 from xcon.model import ContrastiveModel, Tower
 
@@ -49,7 +49,7 @@ def test_the_schedule_never_rises_after_the_warm_up() -> None:
     assert 0 < factors[-1] < 0.001
 
 
-@pytest.mark.parametrize("module", [contrastive(), Classifier(towers(), embed_dim=8, hidden=4, classes=3)])
+@pytest.mark.parametrize("module", [contrastive(), Concatenation(towers(), embed_dim=8, hidden=4, classes=3)])
 def test_every_parameter_has_the_rate_and_decay_of_its_name(module: nn.Module) -> None:
     optimizer = optim.make_optimizer(module, RATES, weight_decay=0.1)
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}

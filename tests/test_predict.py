@@ -15,6 +15,7 @@ import torch
 
 from tests import training
 from xcon import classifier, finetune, images, predict, records
+from xcon.classifier import Product
 from xcon.shardset import ShardSet
 
 pytestmark = pytest.mark.slow
@@ -73,7 +74,7 @@ def probabilities(run: Path, photos: list[bytes], places: list[list[float]]) -> 
     view = images.eval_transform(spec.image)
     with torch.inference_mode():
         rows = [
-            network({"image": view(images.decode(photo))[None], "meta": torch.tensor([place])})
+            network.score({"image": view(images.decode(photo))[None], "meta": torch.tensor([place])})
             for photo, place in zip(photos, places, strict=True)
         ]
     return torch.cat(rows).softmax(dim=1).numpy()
@@ -158,6 +159,25 @@ def test_metadata_is_used(run: Path) -> None:
     figures = json.loads((run / "metrics.json").read_text())
     assert figures["top1"] > figures["without_meta"]["top1"] + 0.1
     assert figures["top1"] > figures["shuffled_meta"]["top1"] + 0.1
+
+
+def test_a_product_is_trained_and_evaluated(tiny_shards: Path, folder: Path) -> None:
+    """Two experts in one run; what a wrong place costs falls with the doubt, which is saved."""
+    found = {}
+    for doubt in ("0.0", "0.5"):
+        fusion = ["--fusion", "product", "--doubt", doubt, "--meta-dropout", "0"]
+        run = tuned(tiny_shards, folder / f"product-{doubt}", "--batch-size", "32", "--epochs", "4", *fusion)
+        assert training.run(predict.main, [run, "--shards", tiny_shards, *FLAT]) == 0
+        network, _ = classifier.load(run)
+        assert isinstance(network, Product)
+        assert network.doubt.item() == float(doubt)
+        logged = training.lines(run, "val")[-1]
+        assert {"top1", "loss", "sharpness"} <= logged.keys()
+        found[doubt] = json.loads((run / "metrics.json").read_text())
+    # The experts do not know of the doubt: the same image expert, with calibration of its own.
+    assert found["0.0"]["without_meta"]["top1"] == found["0.5"]["without_meta"]["top1"]
+    assert found["0.5"]["shuffled_meta"]["top1"] >= found["0.0"]["shuffled_meta"]["top1"]
+    assert found["0.0"]["top1"] != found["0.0"]["without_meta"]["top1"]
 
 
 def test_files(run: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

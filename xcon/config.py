@@ -18,6 +18,7 @@ from xcon.commandline import one_line_errors
 # What an image tower is where nothing else is said (paper, section 3.1, "Image Embedding").
 BACKBONE, WEIGHTS = "resnet50", "imagenet"
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Fusion = Literal["concatenation", "product"]
 MODALITIES: tuple[Literal["image", "text", "meta"], ...] = ("image", "text", "meta")
 
 
@@ -195,17 +196,29 @@ class FinetuneConfig(TrainConfig):
     """Share of the target spread over all classes."""
     meta_dropout: float = 0.1
     """Share of training records whose metadata is hidden, so that the model can do without."""
+    fusion: Fusion = "concatenation"
+    """concatenation: two layers on both embeddings (the paper). product: an expert for each, and Bayes' rule."""
+    doubt: float = 0.0
+    """Of a product: the probability that metadata is wrong; the higher, the less a wrong place can ruin."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
         super().__post_init__()
         if not self.modalities:
             raise ValueError("--modalities: at least one is needed")
-        for name in ("dropout", "label_smoothing", "meta_dropout"):
+        for name in ("dropout", "label_smoothing", "meta_dropout", "doubt"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: a share in [0, 1) is needed")
         if self.hidden < 1:
             raise ValueError(f"--hidden {self.hidden}: at least 1 is needed")
+        if self.fusion == "product" and len(self.modalities) < 2:
+            raise ValueError(f"--fusion product: of two modalities, --modalities is {' '.join(self.modalities)}")
+        if self.fusion == "product" and self.meta_dropout:
+            raise ValueError(
+                f"--meta-dropout {self.meta_dropout}: unused, each expert of --fusion product learns alone; give 0"
+            )
+        if self.fusion != "product" and self.doubt:
+            raise ValueError(f"--doubt {self.doubt}: unused, --fusion is {self.fusion}")
 
 
 def check_patience(settings: TrainConfig, *, validation: bool) -> None:

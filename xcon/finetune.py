@@ -26,6 +26,7 @@ from xcon import (
     optim,
 )
 from xcon.checkpoint import Checkpoints, open_run
+from xcon.classifier import Classifier
 from xcon.config import FinetuneConfig
 from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, to_device
 from xcon.model import ModelSpec, Tower
@@ -76,9 +77,11 @@ def train() -> None:
     spec = ModelSpec(
         kind="classifier", method=facts["init_method"],
         embed_dim=towers[cfg.modalities[0]].projection.out_features, hidden=cfg.hidden,
-        classes=shards.card.class_facts(), shards_sha256=shards.card.sha256, **model.specs_of(towers),
+        classes=shards.card.class_facts(), shards_sha256=shards.card.sha256, fusion=cfg.fusion,
+        **model.specs_of(towers),
     )  # fmt: skip
-    network = classifier.build(spec, towers, dropout=cfg.dropout)
+    prior = classifier.class_shares(shards.split("train").class_id, len(spec.classes))
+    network = classifier.build(spec, towers, prior=prior, doubt=cfg.doubt, dropout=cfg.dropout)
     crop = images.train_transform(spec.image, crop_scale=cfg.crop_scale) if spec.image else None
     records = Records(shards.split("train"), cfg.modalities, crop, meta_dropout=cfg.meta_dropout, seed=cfg.seed)
     share = Share(accelerator.process_index, accelerator.num_processes, cfg.workers)
@@ -109,13 +112,9 @@ def train() -> None:
             loss = torch.zeros((), device=accelerator.device)
             for part in in_parts(to_device(batch, accelerator.device), cfg.accumulation_steps):
                 with accelerator.accumulate(wrapped):
-                    logits = wrapped({m: part[m] for m in cfg.modalities})
-                    mean = losses.share_of_cross_entropy(
-                        logits,
-                        part["label"],
-                        part["weight"],
-                        rows=order.rows(step),
-                        label_smoothing=cfg.label_smoothing,
+                    scores = wrapped({m: part[m] for m in cfg.modalities})
+                    mean = losses.share_of_cross_entropies(
+                        scores, part, rows=order.rows(step), label_smoothing=cfg.label_smoothing
                     )
                     # DDP takes the mean over processes, Accelerate that over parts: both are undone.
                     accelerator.backward(mean * accelerator.num_processes * cfg.accumulation_steps)
@@ -133,7 +132,7 @@ def train() -> None:
                 tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
             with clock.paused():
                 if at.step % order.steps_per_epoch == 0 and shards.has("val"):
-                    held_out = validate(wrapped, cfg, spec, shards, share, accelerator.device)
+                    held_out = validate(wrapped, network, cfg, spec, shards, share, accelerator.device)
                     launch.check_finite(held_out["loss"], at.step)
                     at = at.after((held_out["top1"], -held_out["loss"]))
                     if at.since_best == 0:
@@ -225,22 +224,26 @@ def in_parts(batch: Batch, parts: int) -> list[Batch]:
 
 
 def validate(
-    wrapped: nn.Module, cfg: FinetuneConfig, spec: ModelSpec, shards: ShardSet, share: Share, device: torch.device
-) -> dict[str, float]:
-    """`top1` and the mean cross-entropy `loss` on the validation split, the same on all processes."""
+    wrapped: nn.Module, network: Classifier, cfg: FinetuneConfig, spec: ModelSpec, shards: ShardSet,
+    share: Share, device: torch.device,
+) -> dict[str, float]:  # fmt: skip
+    """Calibrates on the validation split; its `top1`, mean cross-entropy `loss` and `sharpness`."""
     gather.share_buffers(wrapped)
     wrapped.eval()
     split = shards.split("val")
     transform = images.eval_transform(spec.image) if spec.image else None
     found = evaluation.collect(
         evaluation_loader(Records(split, cfg.modalities, transform), share, batch_size=cfg.batch_size),
-        lambda rows: {"logits": wrapped({m: rows[m] for m in cfg.modalities})},
+        lambda rows: wrapped({m: rows[m] for m in cfg.modalities}),
         samples=len(split),
         device=device,
     )
-    logits, labels = found["logits"].float(), found["label"]  # [N, C], [N]
-    top1 = (logits.argmax(dim=1) == labels).double().mean().item()
-    return gather.agree({"top1": top1, "loss": cross_entropy(logits, labels).item()}, device)
+    labels = found.pop("label").to(device)  # [N]
+    trained = {name: scores.to(device).float() for name, scores in found.items()}  # [N, C] each
+    network.calibrate(trained, labels)
+    logits = network.combine(trained)  # [N, C]
+    top1, loss = (logits.argmax(dim=1) == labels).double().mean(), cross_entropy(logits, labels)
+    return gather.agree({"top1": top1.item(), "loss": loss.item(), "sharpness": network.sharpness.item()}, device)
 
 
 if __name__ == "__main__":

@@ -276,3 +276,25 @@ def share_of_cross_entropy(
     """
     each = cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)  # [b]
     return (each * weight).sum() / rows
+
+
+def share_of_cross_entropies(
+    trained: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, rows: int, label_smoothing: float
+) -> Tensor:
+    """What some rows add to the loss of the global batch: the cross-entropies of all that is trained.
+
+    Targets are not smoothed for metadata alone: a place leaves the species open by itself.
+
+    Args:
+        trained: what a classifier gave for training, name -> `[b, C]`.
+        batch: with `label` and `weight`, `[b]`.
+        rows: real rows of the global batch.
+        label_smoothing: share of the target spread over all classes.
+    """
+    labels, weight = batch["label"], batch["weight"]
+    smoothing = {name: 0.0 if name == "meta" else label_smoothing for name in trained}
+    each = [
+        share_of_cross_entropy(s, labels, weight, rows=rows, label_smoothing=smoothing[n])
+        for n, s in trained.items()
+    ]
+    return torch.stack(each).sum()

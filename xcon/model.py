@@ -13,7 +13,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xcon.config import read_json
+from xcon.config import Fusion, read_json
 from xcon.encoders import Encoder, ImageEncoder, MetaEncoder, MetaSpec, TextEncoder, TextSpec
 from xcon.images import ImageSpec
 from xcon.records import atomic_write
@@ -91,6 +91,7 @@ class ModelSpec:
         image, text, meta: the encoders' specs; None where the model has no such tower.
         classes: as on the card of the shard set, `records.ClassInfo` as dictionaries, in order of class id.
         shards_sha256: of the shard set it was trained on.
+        fusion: how a classifier joins image and metadata, `config.Fusion`.
         coordinates: the contract of places and dates.
     """
 
@@ -103,6 +104,7 @@ class ModelSpec:
     meta: MetaSpec | None
     classes: tuple[Mapping[str, Any], ...]
     shards_sha256: str
+    fusion: Fusion = "concatenation"
     coordinates: str = COORDINATES
 
     @property

@@ -195,7 +195,7 @@ def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: 
         photos = torch.stack([transform(read(file)) for file in files])  # [b, 3, S, S]
         inputs = {"image": photos, "meta": place.expand(len(files), -1)}
         with torch.inference_mode(), launch.autocast(accelerator, settings.precision):
-            logits = network({m: inputs[m].to(accelerator.device) for m in network.towers})
+            logits = network.score({m: inputs[m].to(accelerator.device) for m in network.towers})
         best = logits.float().softmax(dim=1).cpu().topk(min(settings.top or 5, len(spec.classes)))
         for file, values, ids in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
             for n, (c, p) in enumerate(zip(ids, values, strict=True), start=1):
