@@ -189,7 +189,7 @@ def write_run(folder: Path, *, sees_image: bool = True, sees_meta: bool = True) 
         classes=tuple({"class_id": n, "raw_class_id": n, "name": name} for n, name in enumerate(NAMES)),
         shards_sha256="ab",
     )
-    network = classifier.build(spec, model.build_towers(spec))
+    network = classifier.build(spec, model.build_towers(spec), prior=torch.ones(len(NAMES)))
     folder.mkdir()
     model.save(folder, spec, model.weights_to_bytes(network.state_dict()))
     return folder
