@@ -68,13 +68,14 @@ class Classifier(nn.Module):
             trained: what `forward` gave for them, `[N, C]` each.
             labels: `[N]`.
         """
+        exact = {name: scores.double() for name, scores in trained.items()}  # else its minimum is lost in rounding
 
         def surprise(log_sharpness: float) -> float:
             self.sharpness.fill_(math.exp(log_sharpness))
-            error = cross_entropy(self.combine(trained).double(), labels, reduction="sum").item()
+            error = cross_entropy(self.combine(exact), labels, reduction="sum").item()
             return error + log_sharpness**2 / 2
 
-        found = minimize_scalar(surprise, bounds=SHARPNESS, method="bounded")
+        found = minimize_scalar(surprise, bounds=SHARPNESS, method="bounded", options={"xatol": 1e-8})
         self.sharpness.fill_(math.exp(found.x))
 
     @abc.abstractmethod
