@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, CamembertConfig, Gemma3TextConfig
 
 from xcon import captions, encoders, model
+from xcon.config import MetaEncoding
 from xcon.encoders import ImageEncoder, MetaEncoder, MetaSpec, TextEncoder, TextSpec
 from xcon.model import Tower
 
@@ -357,3 +359,34 @@ def test_metadata_encoder_has_its_depth_and_is_finite_without_metadata() -> None
     assert found.isfinite().all()
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("encoding", typing.get_args(MetaEncoding))
+def test_every_encoding_of_places_can_be_learned(encoding: MetaEncoding) -> None:
+    """A linear layer on the encoder learns which of three places a record is from; unknown rows stay finite."""
+    torch.manual_seed(0)
+    encoder = MetaEncoder(MetaSpec(width=16, depth=2, encoding=encoding))
+    head = torch.nn.Linear(16, 3)
+    labels = torch.arange(3).repeat(20)
+    places = torch.tensor([[10.0, 50.0, 0.5], [-100.0, 40.0, 0.2], [30.0, -20.0, 0.9]])[labels]
+    places = places + torch.randn(60, 3) * torch.tensor([3.0, 3.0, 0.02])
+    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(encoder(places)), labels).backward()
+        optimizer.step()
+    assert (head(encoder(places)).argmax(dim=1) == labels).float().mean() > 0.95
+    assert encoder(torch.full((1, 3), np.nan)).isfinite().all()
+
+
+def test_the_network_of_sines_by_hand() -> None:
+    """Width 1, one block: sin(w sin(30 (a f))), where f is the first harmonic, 1 / sqrt(4 pi), and no bias."""
+    encoder = MetaEncoder(MetaSpec(width=1, depth=1, encoding="harmonics"))
+    bound = 1 / 102
+    assert encoder.first.linear.weight.abs().max() <= bound < 1.1 * encoder.first.linear.weight.abs().max()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()
+        encoder.first.linear.weight[0, 0], encoder.blocks[0].linear.weight[0, 0] = 0.1, 2.0
+    expected = math.sin(2 * math.sin(30 * 0.1 / math.sqrt(4 * math.pi)))
+    assert encoder(torch.tensor([[12.0, 34.0, 0.5]])).item() == pytest.approx(expected, abs=1e-5)

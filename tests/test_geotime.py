@@ -1,13 +1,17 @@
 """Features of place and date against values by hand."""
 
 import math
+import typing
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import sph_harm_y
 
 from xcon import geotime
+from xcon.config import MetaEncoding
 
 NAN = math.nan
 
@@ -87,3 +91,105 @@ def test_rows_do_not_mix() -> None:
     places = torch.tensor([[10, 20, 0.1], [NAN, NAN, NAN], [-10, 70, 0.9]], dtype=torch.float64)
     found = geotime.encode_wrap(places)
     assert found.tolist() == [pytest.approx(wrap(*row)) for row in places.tolist()]
+
+
+# ---- other encodings
+
+ENCODINGS = typing.get_args(MetaEncoding)
+AT_THE_POLES = {"xyz", "fourier", "harmonics"}  # continuous there
+
+
+def encode(encoding: MetaEncoding, *place: float) -> list[float]:
+    return geotime.encode(torch.tensor([place], dtype=torch.float64), encoding)[0].tolist()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("lat", [-89.0, -30.0, 0.0, 47.5])
+def test_no_encoding_has_a_border_at_the_date_line(encoding: MetaEncoding, lat: float) -> None:
+    assert encode(encoding, 180, lat, 0.3) == pytest.approx(encode(encoding, -180, lat, 0.3), abs=1e-9)
+    assert math.dist(encode(encoding, 179.9999, lat, 0.3), encode(encoding, -179.9999, lat, 0.3)) < 1e-3
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_no_encoding_has_a_border_at_new_year(encoding: MetaEncoding) -> None:
+    assert encode(encoding, 1, 2, 0.0) == pytest.approx(encode(encoding, 1, 2, 1.0), abs=1e-12)
+    assert 0 < math.dist(encode(encoding, 1, 2, 0.99999), encode(encoding, 1, 2, 0.00001)) < 1e-3
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("pole", [90.0, -90.0])
+def test_at_the_poles_all_longitudes_meet_or_are_known_not_to(encoding: MetaEncoding, pole: float) -> None:
+    apart = max(
+        math.dist(encode(encoding, 0, pole, 0.5), encode(encoding, lon, pole, 0.5)) for lon in (45, 90, 180)
+    )
+    assert apart < 1e-9 if encoding in AT_THE_POLES else apart > 1
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@given(st.floats(-180, 180), st.floats(-90, 90), st.floats(-1e-7, 1e-7), st.floats(-1e-7, 1e-7))
+def test_near_places_have_near_features(
+    encoding: MetaEncoding, lon: float, lat: float, east: float, north: float
+) -> None:
+    near = (lon + east, max(-90.0, min(90.0, lat + north)), 0.5)
+    assert math.dist(encode(encoding, lon, lat, 0.5), encode(encoding, *near)) < 1e-5
+
+
+@pytest.mark.parametrize("encoding", set(ENCODINGS) - {"wrap"})
+def test_places_far_apart_have_other_features(encoding: MetaEncoding) -> None:
+    """Opposite ends of an axis, the poles, the quarters of the equator: no two share a code."""
+    places = [(0, 90), (0, -90), (0, 0), (90, 0), (180, 0), (-90, 0), (45, 45), (45, -45)]
+    codes = [encode(encoding, *place, 0.5) for place in places]
+    assert min(math.dist(a, b) for i, a in enumerate(codes) for b in codes[:i]) > 0.5
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_is_unknown_is_zero_in_every_encoding(encoding: MetaEncoding) -> None:
+    assert not any(encode(encoding, NAN, NAN, NAN))
+    no_place, no_date = encode(encoding, NAN, NAN, 0.3), encode(encoding, 10, 20, NAN)
+    assert not any(no_place[:-2])
+    assert no_place[-2:] == pytest.approx(encode(encoding, 10, 20, 0.3)[-2:])
+    assert not any(no_date[-2:])
+    assert len(no_date) == geotime.width(encoding)
+
+
+def test_xyz_by_hand() -> None:
+    assert encode("xyz", 0, 0, 0.5)[:3] == pytest.approx((1, 0, 0))
+    assert encode("xyz", 90, 0, 0.5)[:3] == pytest.approx((0, 1, 0), abs=1e-12)
+    assert encode("xyz", 30, 60, 0.5)[:3] == pytest.approx((math.sqrt(3) / 4, 1 / 4, math.sqrt(3) / 2))
+
+
+def test_fourier_by_hand() -> None:
+    """At the origin of the map x is 1: sine of pi / 2, pi, ..., cosine likewise; y and z are 0."""
+    found = encode("fourier", 0, 0, 0.5)[:36]
+    assert found[:6] == pytest.approx([1, 0, 0, 0, 0, 0], abs=1e-12)
+    assert found[18:24] == pytest.approx([0, 1, 1, -1, 1, 1], abs=1e-12)
+
+
+def test_sphere2vec_by_hand() -> None:
+    """Frequency 1 and 2 at 30 degrees east, 60 north."""
+    half, root = 1 / 2, math.sqrt(3) / 2
+    found = encode("sphere2vec", 30, 60, 0.5)
+    assert found[:6] == pytest.approx([root, half, half, root, half * root, half * half])
+    assert found[6:12] == pytest.approx([root, -half, root, half, -half * half, -half * root])
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (12.0, 47.0), (-170.0, -88.0), (101.0, 30.0), (-60.0, 89.99)])
+def test_harmonics_are_those_of_scipy(place: tuple[float, float]) -> None:
+    """scipy has them complex and with the phase (-1)^m."""
+    lon, lat = np.deg2rad(place)
+    expected = []
+    for m in range(geotime.DEGREES):
+        for degree in range(m, geotime.DEGREES):
+            value = complex(sph_harm_y(degree, m, np.pi / 2 - lat, lon)) * (-1) ** m
+            expected += [value.real] if m == 0 else [math.sqrt(2) * value.real, math.sqrt(2) * value.imag]
+    assert encode("harmonics", *place, 0.5)[:100] == pytest.approx(expected, abs=1e-10)
+
+
+def test_harmonics_in_single_precision() -> None:
+    places = torch.tensor([[12.0, 47.0, 0.5], [-170.0, -88.0, 0.1], [0.0, 90.0, 0.9]])
+    torch.testing.assert_close(
+        geotime.encode(places, "harmonics").double(),
+        geotime.encode(places.double(), "harmonics"),
+        atol=2e-5,
+        rtol=0,
+    )

@@ -86,7 +86,8 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert training.run(main, [*argv, "--epochs", "1", *more]) == 0
 
     made(pretrain.main, "pretrained", "--modalities", "image", "text")
-    made(pretrain.main, "pretrained-other", "--modalities", "image", "meta", shards=other)
+    xyz = ["--modalities", "image", "meta", "--meta-encoding", "xyz"]
+    made(pretrain.main, "pretrained-other", *xyz, shards=other)
     made(finetune.main, "finetuned")
     made(finetune.main, "image", "--modalities", "image")
     made(finetune.main, "other", shards=other)
@@ -333,6 +334,20 @@ INIT = [
         "finetune",
         lambda w: w.finetune(init="pretrained-other"),
         "pre-trained on another class list (3 classes",
+    ),
+    Case(
+        "other encoding of places",
+        "finetune",
+        lambda w: w.finetune(
+            "--shards", w.runs / "other-shards", "--meta-encoding", "fourier", init="pretrained-other"
+        ),
+        "--meta-encoding fourier: --init",
+    ),
+    Case(
+        "encoding of places that nobody sees",
+        "finetune",
+        lambda w: w.finetune("--modalities", "image", "--meta-encoding", "xyz"),
+        "--meta-encoding: unused, --modalities is image",
     ),
     Case(
         "other backbone",

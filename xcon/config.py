@@ -19,6 +19,7 @@ from xcon.commandline import one_line_errors
 BACKBONE, WEIGHTS = "resnet50", "imagenet"
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Fusion = Literal["concatenation", "product"]
+MetaEncoding = Literal["wrap", "xyz", "fourier", "sphere2vec", "harmonics"]
 MODALITIES: tuple[Literal["image", "text", "meta"], ...] = ("image", "text", "meta")
 
 
@@ -142,7 +143,10 @@ class PretrainConfig(TrainConfig):
     meta_width: int = 256
     """Width of the metadata encoder's residual MLP."""
     meta_depth: int = 4
-    """Residual blocks of the metadata encoder."""
+    """Hidden blocks of the metadata encoder."""
+    meta_encoding: MetaEncoding = "wrap"
+    """What the metadata encoder sees of a place: wrap (the paper), xyz, fourier, sphere2vec, or harmonics with a
+    network of sines; see xcon/geotime.py."""
     temperature: float = 0.007
     """Initial temperature; it is learned in log space."""
     max_scale: float = 200.0
@@ -196,6 +200,8 @@ class FinetuneConfig(TrainConfig):
     """Share of the target spread over all classes."""
     meta_dropout: float = 0.1
     """Share of training records whose metadata is hidden, so that the model can do without."""
+    meta_encoding: MetaEncoding | None = None
+    """What the metadata encoder sees of a place, as in pre-training; none: that of --init, or wrap."""
     fusion: Fusion = "concatenation"
     """concatenation: two layers on both embeddings (the paper). product: an expert for each, and Bayes' rule."""
     doubt: float = 0.0

@@ -5,6 +5,7 @@ A spec is what rebuilds the encoder without its weights, and is saved in a run's
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from xcon import captions, geotime
+from xcon.config import MetaEncoding
 from xcon.images import ImageSpec
 
 # Legend: b rows, H and W pixels, L tokens, F width of an encoder.
@@ -355,25 +357,31 @@ def text_for(name: str, texts: Sequence[str], *, frozen: bool, device: torch.dev
 
 @dataclasses.dataclass(frozen=True)
 class MetaSpec:
-    """Attributes: width of the layers, number of residual blocks, the encoding of place and date."""
+    """Attributes: width of the layers, number of hidden blocks, the encoding of places."""
 
     width: int = 256
     depth: int = 4
-    encoding: Literal["wrap"] = "wrap"
+    encoding: MetaEncoding = "wrap"
 
 
 class MetaEncoder(nn.Module):
     """A residual multi-layer perceptron on sine-cosine signals (paper, section 3.1, "Meta Embedding").
 
-    The layers are those of Mac Aodha et al. 2019, without dropout: one linear layer, then `depth` blocks.
+    The layers are those of Mac Aodha et al. 2019, without dropout: one linear layer, then `depth` blocks. On
+    spherical harmonics it is a network of sines instead, as in Russwurm et al. 2024.
     """
 
     def __init__(self, spec: MetaSpec) -> None:
         super().__init__()
         self.spec = spec
         self.width = spec.width
-        self.first = nn.Sequential(nn.Linear(geotime.WRAP_WIDTH, spec.width), nn.ReLU())
-        self.blocks = nn.Sequential(*(_Residual(spec.width) for _ in range(spec.depth)))
+        self.first: nn.Module
+        if spec.encoding == "harmonics":
+            self.first = _Sine(geotime.width(spec.encoding), spec.width, frequency=30.0, first=True)
+            self.blocks = nn.Sequential(*(_Sine(spec.width, spec.width) for _ in range(spec.depth)))
+        else:
+            self.first = nn.Sequential(nn.Linear(geotime.width(spec.encoding), spec.width), nn.ReLU())
+            self.blocks = nn.Sequential(*(_Residual(spec.width) for _ in range(spec.depth)))
 
     def forward(self, places: Tensor) -> Tensor:
         """Vectors of places and dates.
@@ -385,7 +393,8 @@ class MetaEncoder(nn.Module):
             `[b, F]`; rows without any metadata are finite and mean nothing (`geotime.known`).
         """
         dtype = next(self.parameters()).dtype
-        return self.blocks(self.first(geotime.encode_wrap(places).to(dtype)))  # degrees need all their digits
+        features = geotime.encode(places, self.spec.encoding)  # degrees need all their digits, so before `dtype`
+        return self.blocks(self.first(features.to(dtype)))
 
 
 Encoder = ImageEncoder | TextEncoder | EncodedText | MetaEncoder
@@ -398,3 +407,17 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
+
+
+class _Sine(nn.Module):
+    """sin(frequency * linear(x)), with the initial weights of Sitzmann et al. 2020, section 3.2."""
+
+    def __init__(self, inputs: int, outputs: int, *, frequency: float = 1.0, first: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.frequency = frequency
+        bound = 1 / inputs if first else math.sqrt(6 / inputs) / frequency
+        nn.init.uniform_(self.linear.weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.frequency * self.linear(x)).sin()

@@ -12,23 +12,12 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from xcon import (
-    classifier,
-    commandline,
-    config,
-    encoders,
-    evaluation,
-    gather,
-    images,
-    launch,
-    losses,
-    model,
-    optim,
-)
+from xcon import classifier, commandline, config, encoders, evaluation, gather, images, launch, model, optim
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.classifier import Classifier
 from xcon.config import FinetuneConfig
 from xcon.loader import Batch, Records, Share, evaluation_loader, make_loader, to_device
+from xcon.losses import share_of_cross_entropies
 from xcon.model import ModelSpec, Tower
 from xcon.records import Card
 from xcon.sampler import Order
@@ -113,7 +102,7 @@ def train() -> None:
             for part in in_parts(to_device(batch, accelerator.device), cfg.accumulation_steps):
                 with accelerator.accumulate(wrapped):
                     scores = wrapped({m: part[m] for m in cfg.modalities})
-                    mean = losses.share_of_cross_entropies(
+                    mean = share_of_cross_entropies(
                         scores, part, rows=order.rows(step), label_smoothing=cfg.label_smoothing
                     )
                     # DDP takes the mean over processes, Accelerate that over parts: both are undone.
@@ -158,6 +147,9 @@ def train() -> None:
 def resolved(cfg: FinetuneConfig, begun: ModelSpec | None) -> FinetuneConfig:
     """The settings with what was left open filled in, as the run saves them."""
     cfg = dataclasses.replace(cfg, precision=launch.resolve_precision(cfg.precision))
+    if "meta" in cfg.modalities:
+        encoding = begun.meta.encoding if begun and begun.meta else encoders.MetaSpec.encoding
+        cfg = dataclasses.replace(cfg, meta_encoding=cfg.meta_encoding or encoding)
     if "image" not in cfg.modalities:
         return cfg
     backbone = begun.image.backbone if begun and begun.image else config.BACKBONE
@@ -176,7 +168,8 @@ def start_anew(cfg: FinetuneConfig) -> dict[str, Tower]:
             str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size
         )
     if "meta" in cfg.modalities:
-        made["meta"] = encoders.MetaEncoder(encoders.MetaSpec())
+        assert cfg.meta_encoding is not None
+        made["meta"] = encoders.MetaEncoder(encoders.MetaSpec(encoding=cfg.meta_encoding))
     return {m: Tower(made[m], config.PretrainConfig.embed_dim) for m in cfg.modalities}
 
 
@@ -202,6 +195,10 @@ def check_fits(cfg: FinetuneConfig, begun: ModelSpec, card: Card) -> None:
         raise ValueError(
             f"--init {init}: pre-trained on another class list ({len(theirs)} classes, raw ids {theirs[0]} to "
             f"{theirs[-1]}) than {cfg.shards} has ({len(ours)}, {ours[0]} to {ours[-1]})"
+        )
+    if begun.meta and "meta" in cfg.modalities and cfg.meta_encoding != begun.meta.encoding:
+        raise ValueError(
+            f"--meta-encoding {cfg.meta_encoding}: --init {init} was pre-trained with {begun.meta.encoding}"
         )
     if begun.image is None or "image" not in cfg.modalities:
         return

@@ -184,7 +184,9 @@ def build_towers(
             text = encoders.text_for(cfg.text_model, shards.captions, frozen=cfg.text_frozen, device=device)
             made["text"] = text.tower
         else:
-            made["meta"] = encoders.MetaEncoder(encoders.MetaSpec(cfg.meta_width, cfg.meta_depth))
+            made["meta"] = encoders.MetaEncoder(
+                encoders.MetaSpec(cfg.meta_width, cfg.meta_depth, cfg.meta_encoding)
+            )
     return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, text
 
 
