@@ -86,6 +86,10 @@ class Classifier(nn.Module):
     def trained(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `embed` gave of all modalities -> what `forward` returns."""
 
+    def experts(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Modality -> `[b, C]` log p(y | that modality alone), where there is an expert for it; here none."""
+        return {}
+
     @abc.abstractmethod
     def combine(self, trained: Mapping[str, Tensor]) -> Tensor:
         """What `forward` gave -> `[b, C]` class scores before the softmax, calibrated."""
@@ -168,6 +172,10 @@ class Product(Classifier):
 
     def trained(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`image` and `meta`, as they are."""
+        return dict(embeddings)
+
+    def experts(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`image` and `meta`, as they are: each is an expert."""
         return dict(embeddings)
 
     def combine(self, trained: Mapping[str, Tensor]) -> Tensor:

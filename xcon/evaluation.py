@@ -1,11 +1,13 @@
 """Evaluation over all processes: every record of a split exactly once, in the order of the split."""
 
+import dataclasses
 import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +16,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from xcon import gather, metrics, records
+from xcon import config, gather, labelspaces, metrics, records
 from xcon.classifier import Classifier
 from xcon.loader import Batch, to_device
-from xcon.shardset import Split
+from xcon.model import ModelSpec
+from xcon.records import ClassInfo
+from xcon.shardset import ShardSet, Split
 
 # Legend: b rows of a batch, N records, C classes, D width of the shared space.
 
@@ -58,6 +62,8 @@ def collect(
 def with_controls(network: Classifier, batch: Mapping[str, Tensor], others: Tensor) -> dict[str, Tensor]:
     """Probabilities `[b, C]`: `scores`, and for a model with metadata `without_meta` and `shuffled_meta`.
 
+    A model of image and metadata that has an expert for the metadata also gives `meta_only`.
+
     Args:
         network: the classifier.
         batch: with its modalities and `index`.
@@ -70,11 +76,54 @@ def with_controls(network: Classifier, batch: Mapping[str, Tensor], others: Tens
 
     if "meta" not in network.towers:
         return {"scores": network.classify(fixed).float().softmax(dim=1)}
-    return {
+    found = {
         "scores": with_places(batch["meta"]),
         "without_meta": with_places(torch.full_like(batch["meta"], math.nan)),
         "shuffled_meta": with_places(others[batch["index"]]),
     }
+    alone = network.experts({**fixed, "meta": network.embed("meta", batch["meta"])}).get("meta")
+    return found if alone is None else {**found, metrics.META_ONLY: alone.float().softmax(dim=1)}
+
+
+def judge(
+    probabilities: Mapping[str, np.ndarray], labels: np.ndarray, classes: Sequence[ClassInfo]
+) -> dict[str, Any]:
+    """What `metrics.json` says of the scores of a split, and of each control beside them.
+
+    Args:
+        probabilities: `scores` and, by the name of each control, its own, `[N, C]` each.
+        labels: `[N]`.
+        classes: C.
+
+    Returns:
+        `n`, `n_labels`, what `metrics.summarise` returns, `reliability`, and `label_spaces`, the same measures of
+        species and groups; and under the name of each control all of this again.
+    """
+    spaces = labelspaces.label_spaces(classes)
+    found = {name: _judged(rows, labels, spaces) for name, rows in probabilities.items()}
+    return {**found.pop("scores"), **found}
+
+
+def _judged(rows: np.ndarray, labels: np.ndarray, spaces: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    coarse = {name: _measures(labelspaces.coarsen(rows, space), space[labels]) for name, space in spaces.items()}
+    curve = dataclasses.asdict(metrics.reliability(rows, labels))
+    return {"n": len(labels), **_measures(rows, labels), "reliability": curve, "label_spaces": coarse}
+
+
+def _measures(rows: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"n_labels": rows.shape[1], **metrics.summarise(rows, labels)}
+
+
+def summary(judged: Mapping[str, Any]) -> str:
+    """What `judge` found, in one line."""
+    line = f"top-1 {100 * judged['top1']:.2f} %, top-5 {100 * judged['top5']:.2f} %, ECE {judged['ece']:.3f}"
+    told = {
+        "without_meta": "without metadata",
+        "shuffled_meta": "with shuffled metadata",
+        "meta_only": "by metadata alone",
+    }
+    shares = [f"top-1 {words} {100 * judged[c]['top1']:.2f} %" for c, words in told.items() if c in judged]
+    return "; ".join([line, ", ".join(shares)] if shares else [line])
 
 
 def prediction_table(split: Split, probabilities: Mapping[str, np.ndarray]) -> pa.Table:
@@ -87,9 +136,7 @@ def prediction_table(split: Split, probabilities: Mapping[str, np.ndarray]) -> p
         "predicted": pa.array(best[:, 0]),
         "probability": pa.array(own.max(axis=1)),
         "top5": pa.array(best.tolist(), pa.list_(pa.int32())),
-        **{
-            f"predicted_{n}": pa.array(p.argmax(axis=1)) for n, p in probabilities.items() if n in metrics.CONTROLS
-        },
+        **{f"predicted_{n}": pa.array(p.argmax(axis=1)) for n, p in probabilities.items() if n != "scores"},
         "scores": pa.FixedSizeListArray.from_arrays(pa.array(own.ravel()), own.shape[1]),
     }
     return pa.table(columns)
@@ -112,6 +159,42 @@ def caption_top1(
     together = torch.stack(list(similarity.values())).sum(dim=0)
     choices = {"top1": together, **{f"{m}_top1": s for m, s in similarity.items()}}
     return {name: (s.argmax(dim=1) == labels).double().mean().item() for name, s in choices.items()}
+
+
+def check_classes(run: Path, spec: ModelSpec, shards: ShardSet) -> None:
+    """Raises ValueError unless a run and a shard set number the same classes."""
+    ours = [info.raw_class_id for info in shards.card.classes]
+    if ours != spec.raw_class_ids:
+        trained = "pre-trained" if spec.kind == "contrastive" else "fine-tuned"
+        raise ValueError(
+            f"{run}: {trained} on another class list ({len(spec.classes)} classes) than {shards.folder} has "
+            f"({len(ours)})"
+        )
+
+
+def write_measures(
+    out: Path, run: Path, spec: ModelSpec, sha256: str, split: str, judged: Mapping[str, Any]
+) -> None:
+    """Writes `metrics.json`.
+
+    Args:
+        out: the file.
+        run: that was evaluated.
+        spec: of its model.
+        sha256: of the shard set.
+        split: of the shard set.
+        judged: how good it is, as `judge` or `pretrained.judge` has it.
+    """
+    facts = {
+        "split": split,
+        **judged,
+        "label_space": f"{len(spec.classes)} classes of the source",
+        "with_meta": spec.meta is not None,
+        "seed": config.read_json(run / "config.json")["seed"],
+        "shards_sha256": sha256,
+    }
+    with records.atomic_write(out) as file:
+        file.write((json.dumps(facts, indent=1) + "\n").encode())
 
 
 def write_table(table: pa.Table, out: Path) -> None:

@@ -12,8 +12,10 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 
-# What a model with metadata is compared with: itself, told no place and date, or those of another record.
+# What a model with metadata is compared with: itself, told no place and date, or those of another record; and
+# its metadata alone, where it has an expert for it.
 CONTROLS = ("without_meta", "shuffled_meta")
+META_ONLY = "meta_only"
 
 # Resampled counts held at once: 2^22 of 8 bytes, 32 MiB.
 _COUNTS_AT_ONCE = 1 << 22
@@ -58,6 +60,39 @@ def mean_per_class(scores: Floats, labels: Ints) -> float:
     return float((right[seen] / images[seen]).mean())
 
 
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """How often the best class is right, by how probable it was said to be: a calibration curve.
+
+    Attributes:
+        count: images in each bin, `((b-1)/bins, b/bins]` of the top-1 probability.
+        confidence: mean top-1 probability of each bin; None where it has no image.
+        accuracy: share of each bin that is right; None where it has no image.
+    """
+
+    count: list[int]
+    confidence: list[float | None]
+    accuracy: list[float | None]
+
+
+def reliability(probabilities: Floats, labels: Ints, *, bins: int = 15) -> Reliability:
+    """The calibration curve of the top-1 probability (Guo et al. 2017, equations 3 and 4).
+
+    Args:
+        probabilities: [N, C], rows sum to one.
+        labels: [N], 0 .. C-1.
+        bins: of equal width.
+
+    Raises:
+        ValueError: as `hits`, or a row is no probability distribution.
+    """
+    which, correct, confidence = _binned(probabilities, labels, bins)
+    count = np.bincount(which, minlength=bins)
+    sums = [np.bincount(which, weights=values, minlength=bins) for values in (confidence, correct)]
+    means = [[float(total / n) if n else None for total, n in zip(s, count, strict=True)] for s in sums]
+    return Reliability(count.tolist(), *means)
+
+
 def ece(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
     """Expected calibration error of the top-1 probability (Guo et al. 2017, equation 5).
 
@@ -72,14 +107,20 @@ def ece(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
     Raises:
         ValueError: as `hits`, or a row is no probability distribution.
     """
-    correct = hits(probabilities, labels, 1)
+    which, correct, confidence = _binned(probabilities, labels, bins)
+    gaps = np.bincount(which, weights=correct - confidence, minlength=bins)  # images x gap, per bin
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def _binned(probabilities: Floats, labels: Ints, bins: int) -> tuple[Ints, Floats, Floats]:
+    """Bin, correctness and top-1 probability of each image, [N] each."""
+    correct = hits(probabilities, labels, 1).astype(np.float64)
     sums = probabilities.sum(axis=1, dtype=np.float64)
     if probabilities.min() < 0 or np.abs(sums - 1).max() > 1e-3:
         raise ValueError("probabilities are needed: no number below 0, rows that sum to 1")
     confidence = probabilities.max(axis=1).astype(np.float64)  # [N]
     which = np.clip(np.ceil(confidence * bins) - 1, 0, bins - 1).astype(np.int64)
-    gaps = np.bincount(which, weights=correct - confidence, minlength=bins)  # images x gap, per bin
-    return float(np.abs(gaps).sum() / len(labels))
+    return which, correct, confidence
 
 
 def summarise(probabilities: Floats, labels: Ints) -> dict[str, float]:

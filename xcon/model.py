@@ -61,7 +61,7 @@ class ContrastiveModel(nn.Module):
         Returns:
             Modality -> `[b, D]` unit vectors in float32 (or wider); 1 / temperature, a scalar.
         """
-        embeddings = {m: _unit(tower(inputs[m])) for m, tower in self.towers.items() if m in inputs}
+        embeddings = {m: unit(tower(inputs[m])) for m, tower in self.towers.items() if m in inputs}
         return embeddings, self.scale()
 
     def scale(self) -> Tensor:
@@ -70,7 +70,8 @@ class ContrastiveModel(nn.Module):
         return (self.log_scale - excess).exp()[0]
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit(vectors: Tensor) -> Tensor:
+    """`[b, D]` of unit length, in float32 or wider."""
     # Normalised outside half precision: bf16 keeps eight bits of an angle.
     return functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
@@ -162,6 +163,21 @@ def load_spec(run: Path, *, kind: str) -> ModelSpec:
         FileNotFoundError: no such folder, or no finished run in it.
         ValueError: damaged, or a model of another kind.
     """
+    spec = read_spec(run)
+    if spec.kind != kind:
+        made_by = {"contrastive": "xcon pretrain", "classifier": "xcon finetune"}
+        maker = made_by.get(spec.kind, "unknown")
+        raise ValueError(f"{run}: a {spec.kind} model ({maker}), here one of {made_by[kind]} is needed")
+    return spec
+
+
+def read_spec(run: Path) -> ModelSpec:
+    """Reads a run's `model.json`, whatever kind of model it is.
+
+    Raises:
+        FileNotFoundError: no such folder, or no finished run in it.
+        ValueError: damaged.
+    """
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run folder")
     path = run / "model.json"
@@ -171,14 +187,9 @@ def load_spec(run: Path, *, kind: str) -> ModelSpec:
     parts = {"image": ImageSpec, "text": TextSpec, "meta": MetaSpec}
     try:
         built = {name: values[name] and part(**values[name]) for name, part in parts.items()}
-        spec = ModelSpec(**{**values, **built, "classes": tuple(values["classes"])})
+        return ModelSpec(**{**values, **built, "classes": tuple(values["classes"])})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a model of this version of xcon ({error})") from None
-    if spec.kind != kind:
-        made_by = {"contrastive": "xcon pretrain", "classifier": "xcon finetune"}
-        maker = made_by.get(spec.kind, "unknown")
-        raise ValueError(f"{run}: a {spec.kind} model ({maker}), here one of {made_by[kind]} is needed")
-    return spec
 
 
 def load_weights(run: Path, module: nn.Module, *, prefix: str = "") -> None:
