@@ -1,5 +1,6 @@
 """Metrics against answers worked out by hand and against slower, plainer routes."""
 
+import dataclasses
 import math
 import time
 
@@ -66,6 +67,26 @@ def test_ece_agrees_with_a_loop_over_bins() -> None:
 
 def test_ece_of_certain_and_right_is_zero() -> None:
     assert metrics.ece(np.eye(4), np.arange(4)) == 0.0
+
+
+def test_reliability_by_hand() -> None:
+    """Of the four images above, bins 8 (0.50), 9 (0.60), 10 (0.61), 11 (0.70): wrong, right, wrong, right."""
+    found = metrics.reliability(PROBABILITIES, LABELS)
+    assert found.count == [0] * 7 + [1, 1, 1, 1] + [0] * 4
+    assert found.confidence == [None] * 7 + [0.50, 0.60, 0.61, 0.70] + [None] * 4
+    assert found.accuracy == [None] * 7 + [0.0, 1.0, 0.0, 1.0] + [None] * 4
+    (count,), (confidence,), (accuracy,) = dataclasses.astuple(metrics.reliability(PROBABILITIES, LABELS, bins=1))
+    assert (count, confidence, accuracy) == (4, pytest.approx(0.6025), 0.5)
+
+
+def test_ece_is_the_mean_gap_of_the_curve() -> None:
+    rng = np.random.default_rng(2)
+    probabilities = rng.dirichlet(np.full(4, 0.3), size=400)
+    labels = rng.integers(0, 4, size=400)
+    curve = metrics.reliability(probabilities, labels)
+    bins = zip(curve.count, curve.confidence, curve.accuracy, strict=True)
+    gaps = [n * abs(p - a) for n, p, a in bins if p is not None and a is not None]
+    assert sum(gaps) / 400 == pytest.approx(metrics.ece(probabilities, labels))
 
 
 def test_summarise_caps_top5_at_the_number_of_classes() -> None:

@@ -48,6 +48,16 @@ def columns(table: Path) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in found.items()}
 
 
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested values under one name each, as `without_meta.top1`."""
+    parts = values.items() if isinstance(values, dict) else enumerate(values)
+    found: dict[str, Any] = {}
+    for key, value in parts:
+        nested = isinstance(value, (dict, list))
+        found |= flat(value, f"{name}{key}.") if nested else {f"{name}{key}": value}
+    return found
+
+
 def members(shards: Path) -> dict[str, dict[str, bytes]]:
     """Image id -> ending -> bytes, from the tars themselves: no index, no loader."""
     found: dict[str, dict[str, bytes]] = {}
@@ -102,9 +112,7 @@ def test_two_processes_predict_the_same(run: Path, tiny_shards: Path, tmp_path: 
         assert (found[name] == expected[name]).all(), name
     assert found["probability"] == pytest.approx(expected["probability"], abs=1e-5)
     again = json.loads((run / "metrics.json").read_text())
-    assert again.pop("without_meta") == pytest.approx(figures.pop("without_meta"), abs=1e-5)
-    assert again.pop("shuffled_meta") == pytest.approx(figures.pop("shuffled_meta"), abs=1e-5)
-    assert again == pytest.approx(figures, abs=1e-5)
+    assert flat(again) == pytest.approx(flat(figures), abs=1e-5)
 
 
 def test_metrics_by_hand(run: Path, tiny_shards: Path) -> None:
@@ -130,6 +138,13 @@ def test_metrics_by_hand(run: Path, tiny_shards: Path) -> None:
         share = sum(found[f"predicted_{control}"] == found["class_id"]) / 36
         assert figures[control]["top1"] == pytest.approx(share)
     card = json.loads((tiny_shards / "dataset.json").read_text())
+    groups = np.array([info["hierarchy"][0] for info in card["classes"]])
+    likeliest = [max(sorted(set(groups)), key=lambda group: row[groups == group].sum()) for row in found["scores"]]
+    in_groups = figures["label_spaces"]["groups"]
+    assert in_groups["top1"] == pytest.approx(np.mean(likeliest == groups[found["class_id"]]))
+    assert (figures["n_labels"], in_groups["n_labels"]) == (6, len(set(groups)))
+    assert sum(figures["reliability"]["count"]) == 36
+    assert "meta_only" not in figures  # two layers on both have no expert for metadata
     assert (figures["split"], figures["n"], figures["seed"]) == ("test", 36, 7)
     assert figures["with_meta"] is True
     assert figures["label_space"].startswith(f"{len(card['classes'])} classes")
@@ -174,6 +189,13 @@ def test_a_product_is_trained_and_evaluated(tiny_shards: Path, folder: Path) -> 
         logged = training.lines(run, "val")[-1]
         assert {"top1", "loss", "sharpness"} <= logged.keys()
         found[doubt] = json.loads((run / "metrics.json").read_text())
+        # Metadata alone: the expert's own best class, of places straight from the tars.
+        table, stored = columns(run / "predictions.parquet"), members(tiny_shards)
+        facts = [json.loads(stored[image_id]["json"]) for image_id in table["image_id"]]
+        with torch.inference_mode():
+            best = network.embed("meta", torch.tensor([place_of(record) for record in facts])).argmax(dim=1)
+        assert (table["predicted_meta_only"] == best.numpy()).all()
+        assert found[doubt]["meta_only"]["top1"] == (table["predicted_meta_only"] == table["class_id"]).mean()
     # The experts do not know of the doubt: the same image expert, with calibration of its own.
     assert found["0.0"]["without_meta"]["top1"] == found["0.5"]["without_meta"]["top1"]
     assert found["0.5"]["shuffled_meta"]["top1"] >= found["0.0"]["shuffled_meta"]["top1"]
@@ -221,6 +243,16 @@ def test_files(run: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.Capt
     assert training.run(predict.main, [*argv[:3], *FLAT, "--out", tmp_path / "nowhere.json"]) == 0
     nowhere = json.loads((tmp_path / "nowhere.json").read_text())
     assert [row["probability"] for row in nowhere[::5]] != [row["probability"] for row in rows[::3]]
+
+
+def test_results_can_have_a_name(run: Path, tiny_shards: Path) -> None:
+    """As of other shards: the same evaluation under another name, the files of the test split left as they are."""
+    kept = [(run / name).read_bytes() for name in ("metrics.json", "predictions.parquet")]
+    assert training.run(predict.main, [run, "--shards", tiny_shards, *FLAT, "--name", "new-sites"]) == 0
+    named = [run / name for name in ("metrics-new-sites.json", "predictions-new-sites.parquet")]
+    assert flat(json.loads(named[0].read_text())) == pytest.approx(flat(json.loads(kept[0])), abs=1e-5)
+    assert pq.read_table(named[1])["image_id"] == pq.read_table(io.BytesIO(kept[1]))["image_id"]
+    assert [(run / name).read_bytes() for name in ("metrics.json", "predictions.parquet")] == kept
 
 
 def test_images_alone(tiny_shards: Path, folder: Path) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from xcon import commandline, comparison, report
+from xcon import chart, commandline, comparison, report, results
 
 ROOT = Path(__file__).parents[1]
 IDS = [f"a{n:03}" for n in range(10)]
@@ -35,10 +36,12 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         bare: Collection[int] | None = None,
         shuffle_rows: int = 0,
         found: dict[str, Any] | None = None,
+        called: str | None = None,
         **settings: Any,
     ) -> Path:
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        ending = f"-{called}" if called else ""
         labels = np.arange(10, dtype=np.int32) % 2
         answers = {"predicted": right}
         if bare is not None:
@@ -47,14 +50,14 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         for column, images in answers.items():
             columns[column] = np.where(np.isin(np.arange(10), list(images)), labels, 1 - labels).astype(np.int32)
         order = np.random.default_rng(shuffle_rows).permutation(10)
-        pq.write_table(pa.table(columns).take(order), folder / "predictions.parquet")
+        pq.write_table(pa.table(columns).take(order), folder / f"predictions{ending}.parquet")
         numbers = {"top1": len(right) / 10, "top5": 1.0, "mean_per_class": len(right) / 10, "ece": 0.125}
         values = {"split": "test", "n": 10, "label_space": "classes", "shards_sha256": "ab", **numbers}
         values |= {"with_meta": bare is not None, "seed": settings.get("seed", 0)}
         if bare is not None:
             values["without_meta"] = numbers | {"top1": len(bare) / 10}
             values["shuffled_meta"] = numbers | {"top1": 0.0}
-        (folder / "metrics.json").write_text(json.dumps(values | (found or {})))
+        (folder / f"metrics{ending}.json").write_text(json.dumps(values | (found or {})))
         made = {"command": "finetune", "recipe": "laptop", "init": None, "init_method": None, "seed": 0}
         made |= {
             "modalities": ["image"] if bare is None else ["image", "meta"],
@@ -215,7 +218,7 @@ def test_damaged_and_missing_files_are_named(make: Callable[..., Path], tmp_path
 def test_markdown_shows_per_cent_and_points(make: Callable[..., Path]) -> None:
     runs = [make("a", range(6), seed=0), make("b", range(8), seed=1)]
     meta = make("m", range(10), range(9), init_method="a|b")
-    text = report.markdown(comparison.compare([*runs, meta], resamples=4000))
+    text = results.markdown(comparison.compare([*runs, meta], resamples=4000))
     assert "| image | 10 | 0, 1 | 70.00 +-14.14 | 100.00 +-0.00 | 70.00 +-14.14 | 12.50 +-0.00 |  |  |" in text
     assert "| a\\|b -> image + meta | 10 | 0 | 100.00 | 100.00 | 100.00 | 12.50 | 90.00 | 0.00 |" in text
     assert "| a\\|b -> image + meta | image | +30.00 | +" in text
@@ -227,7 +230,7 @@ def test_markdown_shows_per_cent_and_points(make: Callable[..., Path]) -> None:
 def test_terminal_takes_brackets_for_text(make: Callable[..., Path]) -> None:
     runs = [make("a", ALL, layers=["[red]", 1]), make("b", ALL, layers=[2])]
     console = Console(width=200, file=io.StringIO(), record=True)
-    report.show(comparison.compare(runs, resamples=9), console)
+    results.show(comparison.compare(runs, resamples=9), console)
     assert 'image (layers ["[red]", 1])' in console.export_text()
 
 
@@ -236,13 +239,107 @@ def test_a_narrow_terminal_loses_no_number(make: Callable[..., Path]) -> None:
     meta = [make(f"m{n}", range(9 - n), range(8), seed=n, init_method="pre" * 9) for n in range(3)]
     found = comparison.compare([make("a", ALL), *meta], resamples=99)
     console = Console(width=80, file=io.StringIO(), record=True)
-    report.show(found, console)
+    results.show(found, console)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "\u2026" not in text
-    for _, lines in report.tables(found):
+    for _, lines in results.tables(found):
         numbers = {word for line in lines for cell in line[1:] for word in cell.split()}
         assert numbers <= set(text.split())
+
+
+SPACES = {  # two classes, ten images; a space as large as the classes says nothing new
+    "n_labels": 2,
+    "label_spaces": {
+        "species": {"n_labels": 2, "top1": 0.5, "top5": 1.0, "mean_per_class": 0.5, "ece": 0.0},
+        "groups": {"n_labels": 1, "top1": 0.9, "top5": 1.0, "mean_per_class": 0.9, "ece": 0.0},
+    },
+}
+
+
+def test_the_last_row_can_be_compared_with_each_other_one(make: Callable[..., Path]) -> None:
+    """Right on 5, 7 and 9 of ten: the last is ahead by 0.4 and 0.2, the second of the first by 0.2."""
+    runs = [make(f"r{n}", range(n), image_lr=n) for n in (5, 7, 9)]
+    labels = dict(zip(runs, ("five", "seven", "nine"), strict=True))
+    found = comparison.compare(runs, resamples=9, labels=labels, baseline="last")["differences"]
+    told = [(d["row"], d["against"], round(d["difference"], 9)) for d in found]
+    assert told == [("nine", "five", 0.4), ("nine", "seven", 0.2)]
+    first = comparison.compare(runs, resamples=9, labels=labels)["differences"]
+    told = [(d["row"], d["against"], round(d["difference"], 9)) for d in first]
+    assert told == [("seven", "five", 0.2), ("nine", "five", 0.4)]
+
+
+def test_labels_make_rows_whatever_the_settings(make: Callable[..., Path]) -> None:
+    """Two runs that differ in a setting and a seed, one row as they are labelled; the same seed is refused."""
+    runs = [make("a", range(6), seed=0, image_lr=1.0), make("b", range(8), seed=1, image_lr=2.0)]
+    (row,) = comparison.compare(runs, resamples=9, labels=dict.fromkeys(runs, "Ours"))["rows"]
+    assert (row["label"], row["seeds"], row["top1"]["mean"]) == ("Ours", [0, 1], pytest.approx(0.7))
+    twin = make("c", range(8), seed=1, image_lr=3.0)
+    with pytest.raises(ValueError, match=r"c: same settings and seed 1 as .*b"):
+        comparison.compare([*runs, twin], resamples=9, labels=dict.fromkeys([*runs, twin], "Ours"))
+
+
+def test_another_evaluation_is_read_by_its_name(make: Callable[..., Path]) -> None:
+    run = make("a", range(5))
+    make("a", range(3), called="new-sites")
+    assert comparison.compare([run], resamples=9)["rows"][0]["top1"]["mean"] == 0.5
+    assert comparison.compare([run], resamples=9, names={run: "new-sites"})["rows"][0]["top1"]["mean"] == 0.3
+    with pytest.raises(FileNotFoundError, match=r"no metrics-later.json here, run xcon predict with --name later"):
+        comparison.load(run, "later")
+
+
+def test_metadata_alone_is_a_column_where_a_run_has_it(make: Callable[..., Path]) -> None:
+    """One of two rows has an expert for metadata: 25 %, the other one's cell is empty."""
+    alone = {"meta_only": {"top1": 0.25, "top5": 0.5, "mean_per_class": 0.25, "ece": 0.0}}
+    runs = [make("a", ALL, ALL), make("b", ALL, ALL, found=alone, image_lr=1.0)]
+    found = comparison.compare(runs, resamples=9)
+    headings, lines = results.tables(found)[0]
+    assert headings[-1] == "meta only"
+    assert [line[-1] for line in lines] == ["", "25.00"]
+    assert results.tables(comparison.compare(runs[:1], resamples=9))[0][0][-1] == "shuffled meta"
+
+
+def test_label_spaces_are_shown_where_they_are_coarser(make: Callable[..., Path]) -> None:
+    """Groups, one for both classes: 0.9 in one run. Species are as many as classes and are left out."""
+    runs = [make("a", range(6), found=SPACES), make("b", range(8), found=SPACES, seed=1)]
+    found = comparison.compare(runs, resamples=9)
+    assert found["rows"][0]["label_spaces"]["species"]["top1"] == {"mean": 0.5, "spread": 0.0}
+    (headings, (line,)) = results.tables(found)[1]
+    assert headings == ("top-1 (%)", "2 classes", "1 groups")
+    assert line == ("image", "70.00 +-14.14", "90.00 +-0.00")
+    older = make("c", range(6), image_lr=1.0)  # evaluated before there were label spaces
+    assert results.tables(comparison.compare([*runs, older], resamples=9))[1][0] == results.DIFFERENCE_HEADINGS
+
+
+def test_parquet_has_a_row_per_run(make: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make("a", range(6), found=SPACES), make("b", range(8), seed=1), make("m", ALL, range(9))]
+    out = tmp_path / "runs.parquet"
+    results.write(comparison.compare(runs, resamples=9), out)
+    found = pq.read_table(out).to_pydict()
+    assert found["label"] == ["image", "image", "image + meta"]
+    assert found["run"] == [str(run) for run in runs]
+    assert found["seed"] == [0, 1, 0]
+    assert found["n"] == [10, 10, 10]
+    assert found["top1"] == [0.6, 0.8, 1.0]
+    assert found["without_meta_top1"] == [None, None, 0.9]
+    assert found["groups_top1"] == [0.9, None, None]
+    assert {f"{part}{m}" for part in ("", "shuffled_meta_", "species_") for m in comparison.MEASURES} <= set(found)
+
+
+def test_the_figure_has_every_seed_and_mean(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Two seeds of images alone (60, 80: mean 70), one run with metadata (100, 90 without, 0 with another's)."""
+    runs = [make("a", range(6)), make("b", range(8), seed=1), make("m", ALL, range(9))]
+    report = comparison.compare(runs, resamples=9)
+    axes = chart.figure(report).axes[0]
+    points = [line.get_xdata().tolist() for line in axes.get_lines() if line.get_marker() != "None"]
+    assert [pytest.approx(found) for found in ([60, 80], [70], [100], [90], [0])] == points
+    (bar,) = [line for line in axes.get_lines() if line.get_marker() == "None" and len(line.get_xdata()) == 2][:1]
+    assert bar.get_xdata().tolist() == pytest.approx([70 - 200**0.5, 70 + 200**0.5])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["image", "image + meta"]
+    assert axes.get_title(loc="left") == "Top-1 on the same 10 test images"
+    results.write(report, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5  # not one colour
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -256,11 +353,15 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_writes_json(make: Callable[..., Path], tmp_path: Path) -> None:
-    """The whole way once, in a process of its own."""
+    """The whole way once, in a process of its own, all formats at once."""
     out = tmp_path / "report.json"
-    done = command(str(make("a", range(5))), str(make("b", ALL, range(4))), "--out", str(out))
+    outs = [str(out), *(str(out.with_suffix(s)) for s in (".md", ".parquet", ".png"))]
+    done = command(str(make("a", range(5))), str(make("b", ALL, range(4))), "--out", *outs)
     assert (done.returncode, done.stderr) == (0, "")
     assert "50.00" in done.stdout
+    assert out.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+    assert "| image + meta | image | +50.00 |" in out.with_suffix(".md").read_text()
+    assert pq.read_table(out.with_suffix(".parquet")).num_rows == 2
     found = json.loads(out.read_text())
     assert found["rows"][1]["without_meta"]["top1"]["mean"] == 0.4
     assert found["differences"][1]["difference"] == pytest.approx(0.6)
@@ -278,8 +379,11 @@ def test_command_says_what_is_wrong_in_one_line(make: Callable[..., Path]) -> No
     ("arguments", "message"),
     [
         ([], "name at least one run folder"),
-        (["run", "--out", "table.txt"], "a name ending in .md or .json"),
+        (["run", "--out", "table.txt"], "a name ending in .md, .json, .parquet, .png"),
+        (["run", "--out", "a.md", "b"], "--out b: a name ending in"),
         (["run", "--resamples", "0"], "at least 1"),
+        (["run", "--name", "new sites"], "--name 'new sites': letters and digits are needed"),
+        (["run", "--baseline", "best"], "--baseline"),
         (["run", "--sorted"], "--sorted"),
     ],
 )

@@ -453,6 +453,37 @@ LATER = [
     Case(
         "pre-trained only", "predict", lambda w: w.photo(run="pretrained"), "a contrastive model (xcon pretrain)"
     ),
+    Case(
+        "probes of what they learnt",
+        "predict",
+        lambda w: [w.runs / "pretrained", "--shards", w.shards, "--split", "train"],
+        "its probes learn from that split",
+    ),
+    Case(
+        "classes of a pre-trained run",
+        "predict",
+        lambda w: [w.runs / "pretrained", "--shards", w.shards, "--out", w.place / "a.parquet"],
+        "is pre-trained only and predicts no classes",
+    ),
+    Case(
+        "pre-trained on other species",
+        "predict",
+        lambda w: [w.runs / "pretrained-other", "--shards", w.shards],
+        "pre-trained on another class list (3 classes) than",
+    ),
+    Case(
+        "a name with a slash",
+        "predict",
+        lambda w: [w.runs / "finetuned", "--shards", w.shards, "--name", "a/b"],
+        "--name 'a/b': letters and digits are needed",
+    ),
+    Case(
+        "named as a split",
+        "predict",
+        lambda w: [w.runs / "finetuned", "--shards", w.shards, "--name", "val"],
+        "--name val: results of that split are called so",
+    ),
+    Case("a name for photographs", "predict", lambda w: w.photo("--name", "a"), "--name are for a shard set"),
     Case("no run", "predict", lambda w: w.photo(run="no"), "no such run folder"),
     Case("unfinished run", "predict", lambda w: w.photo(run="unfinished"), "no finished run"),
     Case("neither", "predict", lambda w: [w.runs / "finetuned"], "give either --shards DIR or photographs"),

@@ -29,6 +29,7 @@ class Classifier(nn.Module):
             that a saved model is rebuilt as it was trained.
 
     Attributes:
+        modalities: what it takes, the image first.
         sharpness: `[1]` factor on the trained scores, 1 over the temperature of Guo et al. 2017.
     """
 
@@ -37,6 +38,7 @@ class Classifier(nn.Module):
     def __init__(self, towers: Mapping[str, Tower]) -> None:
         super().__init__()
         self.towers = nn.ModuleDict({m: towers[m] for m in ("image", "meta") if m in towers})
+        self.modalities = tuple(self.towers)
         self.register_buffer("sharpness", torch.ones(1))
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,22 +1,25 @@
 """Evaluated runs side by side: which belong to one row, what the rows measure, how surely they differ.
 
-Runs that differ only in their seed make one row. Rows are compared with the first one, and each row that uses
-metadata with itself without, by a paired bootstrap over images, correctness averaged over seeds.
+Runs that differ only in their seed make one row, or those that are given one label. Rows are compared with the
+first one, or the last one with each other, and each row that uses metadata with itself without, by a paired
+bootstrap over images, correctness averaged over seeds.
 
 N: images, S: seeds. Every rate is a fraction in [0, 1].
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from xcon import config, metrics
+from xcon import config, metrics, runfiles
+
+Baseline = Literal["first", "last"]
 
 MEASURES = ("top1", "top5", "mean_per_class", "ece")
 SAME_TEST = ("shards_sha256", "split", "label_space")
@@ -63,6 +66,18 @@ class Run:
         start = f"{self.config['init_method']} -> " if self.config["init_method"] else ""
         return start + " + ".join(self.config["modalities"])
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """What it was compared with itself under."""
+        every = (*metrics.CONTROLS, metrics.META_ONLY)
+        return tuple(name for name in every if name in self.metrics) if self.metrics["with_meta"] else ()
+
+    @property
+    def label_spaces(self) -> Mapping[str, Mapping[str, float]]:
+        """The measures in coarser label spaces; none where it was evaluated without them."""
+        found: Mapping[str, Mapping[str, float]] = self.metrics.get("label_spaces", {})
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -72,16 +87,30 @@ class Row:
     runs: tuple[Run, ...]
 
 
-def compare(folders: Sequence[Path], *, resamples: int) -> dict[str, Any]:
+def compare(
+    folders: Sequence[Path],
+    *,
+    resamples: int,
+    names: Mapping[Path, str] | None = None,
+    labels: Mapping[Path, str] | None = None,
+    baseline: Baseline = "first",
+) -> dict[str, Any]:
     """The whole comparison as plain values, ready for JSON.
+
+    Args:
+        folders: of the runs.
+        resamples: of the paired bootstrap.
+        names: of the evaluation of a folder, as `xcon predict --name` has it; else it is that of the test split.
+        labels: of all folders; those of one label make one row. None: runs that differ only in their seed do.
+        baseline: first: each row is compared with the first. last: the last row is compared with each other one.
 
     Raises:
         FileNotFoundError: a folder is missing or not evaluated.
         ValueError: damaged files, runs tested on different images, or the same run twice.
     """
-    runs = [load(folder) for folder in folders]
+    runs = [load(folder, (names or {}).get(folder)) for folder in folders]
     check_same_test(runs)
-    table = group(runs)
+    table = group(runs) if labels is None else group_by_label(runs, labels)
     first, summaries = runs[0].metrics, [summary(row) for row in table]
     notes = [
         f"Every run evaluated each of the {first['n']:,} images of the {first['split']} split exactly once.",
@@ -90,11 +119,15 @@ def compare(folders: Sequence[Path], *, resamples: int) -> dict[str, Any]:
     ]
     notes += [UPPER_BOUND] if any(s["with_meta"] for s in summaries) else []
     same = {name: first[name] for name in (*SAME_TEST, "n")}
-    return {**same, "rows": summaries, "differences": differences(table, resamples), "notes": notes}
+    return {**same, "rows": summaries, "differences": differences(table, resamples, baseline), "notes": notes}
 
 
-def load(folder: Path) -> Run:
+def load(folder: Path, name: str | None = None) -> Run:
     """Reads what training and `xcon predict` left in a run folder.
+
+    Args:
+        folder: of the run.
+        name: of the evaluation; None: that of the test split.
 
     Raises:
         FileNotFoundError: no such folder, or not evaluated yet.
@@ -108,22 +141,26 @@ def load(folder: Path) -> Run:
     if made.get("command") == "pretrain":
         raise ValueError(f"{folder}: a pre-trained run; fine-tune it (--init) and evaluate that with xcon predict")
     _check_names(folder / "config.json", made, ("seed", "modalities", "recipe", "init", "init_method"))
-    for name in ("metrics.json", "predictions.parquet"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name} here, run xcon predict first")
-    found = config.read_json(folder / "metrics.json")
-    _check_names(folder / "metrics.json", found, (*MEASURES, *SAME_TEST, "n", "with_meta"))
+    measured, predicted = runfiles.measures(folder, name), runfiles.predictions(folder, name)
+    for file in (measured, predicted):
+        if not file.is_file():
+            again = f" with --name {name}" if name else ""
+            raise FileNotFoundError(f"{folder}: no {file.name} here, run xcon predict{again} first")
+    found = config.read_json(measured)
+    _check_names(measured, found, (*MEASURES, *SAME_TEST, "n", "with_meta"))
     if found["with_meta"]:
-        _check_names(folder / "metrics.json", found, metrics.CONTROLS)
+        _check_names(measured, found, metrics.CONTROLS)
+    if "label_spaces" in found:
+        _check_names(measured, found, ("n_labels",))
     columns = ("predicted", "predicted_without_meta")[: 2 if found["with_meta"] else 1]
-    table = _read_columns(folder / "predictions.parquet", ("image_id", "class_id", *columns))
+    table = _read_columns(predicted, ("image_id", "class_id", *columns))
     order = np.argsort(table["image_id"])
     ids, labels = table["image_id"][order], table["class_id"][order]
     right = {name: (table[name][order] == labels).astype(np.float64) for name in columns}
     if not len(ids) or len(np.unique(ids)) != len(ids):
-        raise ValueError(f"{folder}: an image stands twice in predictions.parquet, or none does")
+        raise ValueError(f"{folder}: an image stands twice in {predicted.name}, or none does")
     if found["n"] != len(ids) or abs(float(right["predicted"].mean()) - found["top1"]) > 1e-6:
-        raise ValueError(f"{folder}: metrics.json and predictions.parquet disagree, run xcon predict again")
+        raise ValueError(f"{folder}: {measured.name} and {predicted.name} disagree, run xcon predict again")
     bare = right.get("predicted_without_meta")
     return Run(folder, made, found, _settings(made, found), ids, labels, right["predicted"], bare)
 
@@ -166,6 +203,30 @@ def check_same_test(runs: Sequence[Run]) -> None:
             raise ValueError(f"{run.folder}: other test images or labels than in {first.folder}")
 
 
+def group_by_label(runs: Sequence[Run], labels: Mapping[Path, str]) -> list[Row]:
+    """Makes rows of the runs of one label, in the order given.
+
+    Raises:
+        ValueError: two runs of one row have the same seed.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(labels[run.folder], []).append(run)
+    _check_seeds(groups.values())
+    return [Row(label, tuple(members)) for label, members in groups.items()]
+
+
+def _check_seeds(groups: Iterable[Sequence[Run]]) -> None:
+    for members in groups:
+        seen: dict[int, Run] = {}
+        for run in members:
+            twin = seen.setdefault(run.seed, run)
+            if twin is not run:
+                raise ValueError(
+                    f"{run.folder}: same settings and seed {run.seed} as {twin.folder}, give one of them"
+                )
+
+
 def group(runs: Sequence[Run]) -> list[Row]:
     """Makes rows of the runs that differ only in their seed, in the order given.
 
@@ -174,10 +235,8 @@ def group(runs: Sequence[Run]) -> list[Row]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        members = groups.setdefault(json.dumps([run.method, run.settings]), [])
-        if twin := next((other for other in members if other.seed == run.seed), None):
-            raise ValueError(f"{run.folder}: same settings and seed {run.seed} as {twin.folder}, give one of them")
-        members.append(run)
+        groups.setdefault(json.dumps([run.method, run.settings]), []).append(run)
+    _check_seeds(groups.values())
     heads = [members[0] for members in groups.values()]
     return [
         Row(_label(members[0], [head for head in heads if head.method == members[0].method]), tuple(members))
@@ -196,19 +255,38 @@ def _label(run: Run, alike: Sequence[Run]) -> str:
 
 
 def summary(row: Row) -> dict[str, Any]:
-    """The numbers of a row: mean and, from two seeds on, sample standard deviation."""
-    with_meta = bool(row.runs[0].metrics["with_meta"])
+    """The numbers of a row: mean and, from two seeds on, sample standard deviation; and those of each run."""
     found: dict[str, Any] = {
         "label": row.label,
         "runs": [str(run.folder) for run in row.runs],
         "n": len(row.runs[0].image_ids),
         "seeds": [run.seed for run in row.runs],
-        "with_meta": with_meta,
-        **{name: _mean_and_spread([run.metrics[name] for run in row.runs]) for name in MEASURES},
+        "with_meta": bool(row.runs[0].metrics["with_meta"]),
+        **_measures([run.metrics for run in row.runs]),
+        "each": [{"label": row.label, **_flat(run)} for run in row.runs],
     }
-    for part in metrics.CONTROLS if with_meta else ():
-        found[part] = {n: _mean_and_spread([run.metrics[part][n] for run in row.runs]) for n in MEASURES}
+    for part in row.runs[0].controls:
+        if all(part in run.controls for run in row.runs):
+            found[part] = _measures([run.metrics[part] for run in row.runs])
+    if all(run.label_spaces for run in row.runs):
+        found["n_labels"] = row.runs[0].metrics["n_labels"]
+        found["label_spaces"] = {
+            space: {"n_labels": measured["n_labels"], **_measures([run.label_spaces[space] for run in row.runs])}
+            for space, measured in row.runs[0].label_spaces.items()
+        }
     return found
+
+
+def _measures(of_runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    return {name: _mean_and_spread([measured[name] for measured in of_runs]) for name in MEASURES}
+
+
+def _flat(run: Run) -> dict[str, Any]:
+    """One run as the values of one row of a table: `top1`, `without_meta_top1`, `species_top1` and so on."""
+    parts = {"": run.metrics, **{f"{c}_": run.metrics[c] for c in run.controls}}
+    parts |= {f"{space}_": measured for space, measured in run.label_spaces.items()}
+    numbers = {f"{part}{name}": measured[name] for part, measured in parts.items() for name in MEASURES}
+    return {"run": str(run.folder), "seed": run.seed, "n": len(run.image_ids), **numbers}
 
 
 def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -216,10 +294,12 @@ def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "spread": spread}
 
 
-def differences(table: Sequence[Row], resamples: int) -> list[dict[str, Any]]:
-    """Each row against the first, and each row with metadata against itself without."""
-    first = table[0]
-    pairs = [(row.label, first.label, _over_seeds(row), _over_seeds(first)) for row in table[1:]]
+def differences(table: Sequence[Row], resamples: int, baseline: Baseline = "first") -> list[dict[str, Any]]:
+    """Each row against the first or the last against each other, and each with metadata against itself without."""
+    first, *others = table
+    *before, last = table
+    compared = [(row, first) for row in others] if baseline == "first" else [(last, row) for row in before]
+    pairs = [(ours.label, theirs.label, _over_seeds(ours), _over_seeds(theirs)) for ours, theirs in compared]
     for row in table:
         bare = [run.correct_without_meta for run in row.runs if run.correct_without_meta is not None]
         if bare:

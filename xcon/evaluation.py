@@ -69,12 +69,12 @@ def with_controls(network: Classifier, batch: Mapping[str, Tensor], others: Tens
         batch: with its modalities and `index`.
         others: `[N, 3]` the places to take instead of the records' own.
     """
-    fixed = {m: network.embed(m, batch[m]) for m in network.towers if m != "meta"}
+    fixed = {m: network.embed(m, batch[m]) for m in network.modalities if m != "meta"}
 
     def with_places(places: Tensor) -> Tensor:
         return network.classify({**fixed, "meta": network.embed("meta", places)}).float().softmax(dim=1)
 
-    if "meta" not in network.towers:
+    if "meta" not in network.modalities:
         return {"scores": network.classify(fixed).float().softmax(dim=1)}
     found = {
         "scores": with_places(batch["meta"]),
@@ -145,7 +145,7 @@ def prediction_table(split: Split, probabilities: Mapping[str, np.ndarray]) -> p
 def caption_top1(
     embeddings: Mapping[str, Tensor], masks: Mapping[str, Tensor], class_captions: Tensor, labels: Tensor
 ) -> dict[str, float]:
-    """Zero-shot accuracy: the class whose caption is most similar.
+    """Zero-shot accuracy: the class whose caption is most similar; a record that lacks a modality is wrong by it.
 
     Args:
         embeddings: modality -> `[N, D]` unit vectors.
@@ -158,7 +158,9 @@ def caption_top1(
     }  # [N, C]
     together = torch.stack(list(similarity.values())).sum(dim=0)
     choices = {"top1": together, **{f"{m}_top1": s for m, s in similarity.items()}}
-    return {name: (s.argmax(dim=1) == labels).double().mean().item() for name, s in choices.items()}
+    # Without a modality all similarities are 0, and the first class would be found.
+    right = {name: (s.argmax(dim=1) == labels) & s.any(dim=1) for name, s in choices.items()}
+    return {name: rows.double().mean().item() for name, rows in right.items()}
 
 
 def check_classes(run: Path, spec: ModelSpec, shards: ShardSet) -> None:
@@ -173,25 +175,25 @@ def check_classes(run: Path, spec: ModelSpec, shards: ShardSet) -> None:
 
 
 def write_measures(
-    out: Path, run: Path, spec: ModelSpec, sha256: str, split: str, judged: Mapping[str, Any]
+    out: Path, judged: Mapping[str, Any], *, run: Path, split: str, shards: ShardSet, with_meta: bool
 ) -> None:
     """Writes `metrics.json`.
 
     Args:
         out: the file.
+        judged: how good the run is, as `judge` or `pretrained.judge` has it.
         run: that was evaluated.
-        spec: of its model.
-        sha256: of the shard set.
         split: of the shard set.
-        judged: how good it is, as `judge` or `pretrained.judge` has it.
+        shards: it was evaluated on.
+        with_meta: whether it sees metadata.
     """
     facts = {
         "split": split,
         **judged,
-        "label_space": f"{len(spec.classes)} classes of the source",
-        "with_meta": spec.meta is not None,
+        "label_space": f"{len(shards.card.classes)} classes of the source",
+        "with_meta": with_meta,
         "seed": config.read_json(run / "config.json")["seed"],
-        "shards_sha256": sha256,
+        "shards_sha256": shards.card.sha256,
     }
     with records.atomic_write(out) as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())

@@ -11,16 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from xcon.records import ClassInfo
-
-
-def species(name: str) -> str:
-    """The name without its plumage: "Mallard (Male)" and "Mallard  (Female)" are both "Mallard".
-
-    Repeated spaces do not count. A name that begins with a parenthesis is kept as it is.
-    """
-    whole = " ".join(name.split())
-    return whole.split(" (")[0]
+from xcon.records import ClassInfo, split_plumage
 
 
 def label_spaces(classes: Sequence[ClassInfo]) -> dict[str, NDArray[np.int64]]:
@@ -34,7 +25,7 @@ def label_spaces(classes: Sequence[ClassInfo]) -> dict[str, NDArray[np.int64]]:
     Returns:
         `species` and `groups` (the top of the hierarchy), `[C]` each, numbered 0 .. G-1 by their sorted names.
     """
-    names = [species(info.name) for info in classes]
+    names = [split_plumage(info.name)[0] for info in classes]
     tops = [info.hierarchy[0] if info.hierarchy else own for info, own in zip(classes, names, strict=True)]
     return {"species": _numbered(names), "groups": _numbered(tops)}
 

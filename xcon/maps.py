@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from xcon import cartography, classifier, commandline, images, labelspaces, records
+from xcon import cartography, classifier, commandline, images, records
 from xcon.cartography import Floats
 from xcon.classifier import Classifier
 from xcon.model import ModelSpec
@@ -73,7 +73,7 @@ def class_indices(names: Sequence[str], species: str) -> list[int]:
     plain = [" ".join(name.split()).casefold() for name in names]
     wanted = " ".join(species.split()).casefold()
     found = [i for i, name in enumerate(plain) if name == wanted]
-    found = found or [i for i, name in enumerate(plain) if labelspaces.species(name) == wanted]
+    found = found or [i for i, name in enumerate(plain) if records.split_plumage(name)[0] == wanted]
     if not found:
         near = [names[plain.index(name)] for name in difflib.get_close_matches(wanted, plain, n=3, cutoff=0.5)]
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"classes are {names[0]!r} and so on"

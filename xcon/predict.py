@@ -137,7 +137,7 @@ def evaluate(settings: Settings, shards: ShardSet, accelerator: Accelerator) -> 
     permuted = split.place[np.random.default_rng(0).permutation(len(split))]
     others = torch.from_numpy(permuted).float().to(accelerator.device)
     score = functools.partial(evaluation.with_controls, network, others=others)
-    found = collect(settings, split, spec, score, accelerator)
+    found = collect(settings, split, network.modalities, spec, score, accelerator)
     if not accelerator.is_main_process:
         return
     probabilities = {name: rows.numpy() for name, rows in found.items() if name != "label"}
@@ -145,8 +145,10 @@ def evaluate(settings: Settings, shards: ShardSet, accelerator: Accelerator) -> 
     for path in (out, settings.out) if settings.out else (out,):
         evaluation.write_table(evaluation.prediction_table(split, probabilities), path)
     judged = evaluation.judge(probabilities, split.class_id, shards.card.classes)
-    figures = runfiles.measures(settings.run, called(settings, split))
-    evaluation.write_measures(figures, settings.run, spec, shards.card.sha256, split.name, judged)
+    evaluation.write_measures(
+        runfiles.measures(settings.run, called(settings, split)), judged,
+        run=settings.run, split=split.name, shards=shards, with_meta="meta" in network.modalities,
+    )  # fmt: skip
     tell(split, accelerator, f"{evaluation.summary(judged)}\n{out}")
 
 
@@ -161,28 +163,30 @@ def evaluate_pretrained(settings: Settings, shards: ShardSet, accelerator: Accel
         raise ValueError(
             f"--split train: {settings.run} is pre-trained only, and its probes learn from that split"
         )
-    embed = functools.partial(pretrained.with_features, {m: tower for m, tower in towers.items() if m != "text"})
+    seen = {m: tower for m, tower in towers.items() if m != "text"}
+    embed = functools.partial(pretrained.with_features, seen)
     learnt = ("train", "val") if split.name == "test" and shards.has("val") else ("train",)
     parts = [*(shards.split(name) for name in learnt), split]
-    found = {part.name: collect(settings, part, spec, embed, accelerator) for part in parts}
+    found = {part.name: collect(settings, part, tuple(seen), spec, embed, accelerator) for part in parts}
     texts = pretrained.class_texts(settings.run, shards) if spec.text else []
     captions = pretrained.caption_vectors(settings.run, towers["text"], texts) if spec.text else None
     if accelerator.is_main_process:
         judged = pretrained.judge(found, split.name, captions)
         out = runfiles.measures(settings.run, called(settings, split))
-        evaluation.write_measures(out, settings.run, spec, shards.card.sha256, split.name, judged)
+        evaluation.write_measures(
+            out, judged, run=settings.run, split=split.name, shards=shards, with_meta="meta" in seen
+        )
         tell(split, accelerator, f"{probes.summary(judged)}\n{out}")
 
 
 def collect(
-    settings: Settings, split: Split, spec: ModelSpec, compute: Callable[[Batch], Mapping[str, Tensor]],
-    accelerator: Accelerator,
+    settings: Settings, split: Split, modalities: tuple[str, ...], spec: ModelSpec,
+    compute: Callable[[Batch], Mapping[str, Tensor]], accelerator: Accelerator,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What a function makes of every record of a split, in order, `[N, ...]` each."""
     share = Share(accelerator.process_index, accelerator.num_processes, settings.workers)
     transform = images.eval_transform(spec.image) if spec.image else None
-    seen = tuple(m for m in ("image", "meta") if getattr(spec, m))
-    batches = evaluation_loader(Records(split, seen, transform), share, batch_size=settings.batch_size)
+    batches = evaluation_loader(Records(split, modalities, transform), share, batch_size=settings.batch_size)
     hidden = not accelerator.is_main_process
     shown = track(batches, f"{split.name} split", console=Console(stderr=True), disable=hidden)
 
@@ -214,7 +218,7 @@ def rank(settings: Settings, accelerator: Accelerator) -> None:
     network, spec = classifier.load(settings.run)
     network.to(accelerator.device)
     told = {"lon": settings.lon, "lat": settings.lat, "date": settings.date}
-    if spec.meta is None and any(value is not None for value in told.values()):
+    if "meta" not in network.modalities and any(value is not None for value in told.values()):
         raise ValueError(f"--lon, --lat, --date: {settings.run} was fine-tuned without metadata, they are unused")
     if spec.image is None:
         raise ValueError(f"{settings.run}: fine-tuned without images, it cannot rank photographs")
@@ -224,7 +228,7 @@ def rank(settings: Settings, accelerator: Accelerator) -> None:
     def score(photos: Tensor) -> Tensor:
         inputs = {"image": photos, "meta": place.expand(len(photos), -1)}
         with torch.inference_mode(), launch.autocast(accelerator, settings.precision):
-            return network.score({m: inputs[m].to(accelerator.device) for m in network.towers})
+            return network.score({m: inputs[m].to(accelerator.device) for m in network.modalities})
 
     found = ranking.rank(
         settings.files, images.eval_transform(spec.image), score,

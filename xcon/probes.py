@@ -216,9 +216,11 @@ def _all_miss(size: int, hits: Ints, k: int) -> Floats:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """The top-1 figures of a pre-trained run in one line."""
-    named = {"zero-shot": found["zero_shot"]["top1"]} if "zero_shot" in found else {}
-    for what, title in (("linear_probe", "linear probe"), ("knn", "k-NN")):
-        named |= {f"{title} of {m}": values["top1"] for m, values in found[what].items()}
-    named |= {f"{pair} recall@1": values["recall@1"] for pair, values in found["retrieval"].items()}
+    """The figures of a pre-trained run in one line, of all modalities together and between image and metadata."""
+    named = {"zero-shot top-1": found["zero_shot"]["top1"]} if "zero_shot" in found else {}
+    for part, title in (("linear_probe", "linear probe"), ("knn", "k-NN")):
+        modalities, values = list(found[part].items())[-1]
+        named[f"{title} of {modalities}"] = values["top1"]
+    pairs = {pair: values for pair, values in found["retrieval"].items() if "text" not in pair}
+    named |= {f"recall@1 of {pair}": values["recall@1"] for pair, values in pairs.items()}
     return ", ".join(f"{name} {100 * value:.2f} %" for name, value in named.items())

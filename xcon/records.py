@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import string
 import struct
 import tempfile
@@ -296,6 +297,16 @@ class Card:
 
 def _class_info(values: Mapping[str, Any]) -> ClassInfo:
     return ClassInfo(**{**values, "hierarchy": tuple(values["hierarchy"])})
+
+
+def split_plumage(name: str) -> tuple[str, str]:
+    """The species, and the words of a parenthesis at the end of the name: sex, age, morph; "" without one.
+
+    "Mallard (Male)" is ("Mallard", "Male"). Repeated spaces do not count.
+    """
+    whole = " ".join(name.split())
+    parts = re.fullmatch(r"(.*\S) ?\(([^()]*)\)", whole)
+    return (parts[1], parts[2]) if parts else (whole, "")
 
 
 def number_classes(raw_ids: Iterable[Any]) -> dict[Any, int]:
