@@ -44,7 +44,7 @@ class Packing:
     seed: int = 0
     """Of the order of the photographs, and of whatever else is drawn."""
     caption: str = PAPER_CAPTION
-    """Pseudo-caption; may name {name}, {scientific_name}, {family}."""
+    """Pseudo-caption; may name {name}, {species}, {plumage}, {scientific_name}, {family}."""
     drop_broken: bool = False
     """Leave out photographs that do not decode, instead of failing."""
     dry_run: bool = False

@@ -62,6 +62,15 @@ def test_clip_is_image_and_text_row_by_row() -> None:
     assert clip.method == "clip"
 
 
+def test_supcon_is_two_views_of_photographs_at_a_fixed_temperature() -> None:
+    """Table 1 names the network; Khosla et al. 2020 loss and temperature; the rest is the paper's recipe."""
+    paper, supcon = PRETRAIN["paper"][1], PRETRAIN["supcon"][1]
+    changes = dict(temperature=0.1, learn_temperature=False, image_backbone="inception_v3", image_size=299)
+    assert supcon == dataclasses.replace(paper, modalities=("image",), views=2, **changes)
+    assert supcon.method == "supcon"
+    assert dataclasses.replace(supcon, matching="diagonal").method == "simclr"
+
+
 @pytest.mark.parametrize("recipes", [PRETRAIN, FINETUNE])
 def test_every_recipe_says_its_command_and_what_comes_of_it(recipes: dict) -> None:
     for name, (text, _) in recipes.items():
@@ -149,11 +158,29 @@ def test_a_saved_config_given_back_is_the_config(
     saved = dataclasses.replace(recipes["demo"][1], shards=Path("s"), out=Path("o"), seed=7, **changes)
     file = tmp_path / folder / "config.json"
     file.parent.mkdir(parents=True)
-    file.write_text(saved.to_json(command="any", recipe="demo"))
+    file.write_text(saved.to_json(command="test", recipe="demo"))
     name, found = parse(monkeypatch, recipes, file)
     assert (name, found) == (str(file), saved)
     _, changed = parse(monkeypatch, recipes, file, "--out", "p", "--epochs", "2")
     assert changed == dataclasses.replace(saved, out=Path("p"), epochs=2)
+
+
+def test_a_config_of_another_command_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(pretrain().to_json(command="pretrain"))
+    with pytest.raises(
+        ValueError, match=r"config.json: a config of xcon pretrain, here one of xcon test is needed"
+    ):
+        parse(monkeypatch, FINETUNE, tmp_path / "config.json", "--out", "o")
+
+
+def test_a_config_of_an_earlier_version_has_the_defaults_of_what_is_new(tmp_path: Path) -> None:
+    """Neither is it another run: it did what the default does."""
+    younger = ("views", "per_class", "pair_weights", "learn_temperature", "caption")
+    kept = {name: value for name, value in json.loads(pretrain(epochs=3).to_json()).items() if name not in younger}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    assert config.read_config(tmp_path / "config.json", PretrainConfig) == pretrain(epochs=3)
+    assert pretrain(epochs=3).differences(kept) == []
+    assert pretrain(epochs=3, per_class=4).differences(kept) == ["--per-class was 0, now 4"]
 
 
 def test_init_is_given_back_as_a_path(tmp_path: Path) -> None:
@@ -167,7 +194,7 @@ def test_init_is_given_back_as_a_path(tmp_path: Path) -> None:
     [
         ("{", "config.json: not JSON"),
         ("[]", "config.json: a JSON object is needed"),
-        ({"text_model": None}, "not a config of this command, --text-model is missing"),
+        ({"shards": None}, "not a config of this command, --shards is missing"),
         ({"batch_size": 0}, "--batch-size 0: at least 1"),
         ({"batch_size": "many"}, "config.json: a value of the wrong kind"),
         ({"modalities": 3}, "config.json: a value of the wrong kind"),
@@ -177,7 +204,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, values: object, m
     file = tmp_path / "config.json"
     if isinstance(values, dict):
         kept = {**json.loads(pretrain().to_json()), **values}
-        values = json.dumps({name: value for name, value in kept.items() if (name, value) != ("text_model", None)})
+        values = json.dumps({name: value for name, value in kept.items() if (name, value) != ("shards", None)})
     file.write_text(str(values))
     with pytest.raises(ValueError, match=message):
         config.read_config(file, PretrainConfig)
@@ -205,6 +232,7 @@ def test_differences_name_what_a_resumed_run_may_not_change() -> None:
         *[("clip_norm", 0.0), ("temperature", 0.0), ("temperature", -0.07), ("temperature", 0.004)],
         *[("embed_dim", 0), ("meta_width", 0), ("meta_depth", 0), ("accumulation_steps", 2), ("max_scale", 0.0)],
         *[("modalities", ("image",)), ("modalities", ("image", "image", "text"))],
+        *[("views", 0), ("views", 2), ("per_class", -1), ("per_class", 5), ("pair_weights", {"image": 1.0})],
     ],
 )
 def test_values_out_of_range_are_refused_by_name(setting: str, value: object) -> None:
@@ -244,3 +272,47 @@ def test_accumulation_is_for_fine_tuning_alone() -> None:
 def test_a_product_is_of_two_experts_that_learn_alone(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FinetuneConfig(shards=Path("s"), out=Path("o"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(modalities=("meta",), views=2), "--modalities meta: a loss needs at least two, or image alone with"),
+        (
+            dict(modalities=("image",)),
+            "--modalities image: a loss needs at least two, or image alone with --views 2",
+        ),
+        (dict(views=3), "--views 3: for --modalities image alone, here --modalities image text meta"),
+        (dict(per_class=6), "--per-class 6: does not divide --batch-size 32"),
+        (dict(pair_weights={"image->text": 1.0}), "--pair-weights image->text: no pair"),
+        (dict(pair_weights={"image-image": 1.0}), "--pair-weights image-image: no pair"),
+        (dict(pair_weights={"image-text": 1.0, "text-image": 2.0}), "--pair-weights image-text: named twice"),
+        (dict(pair_weights={"image-text": -1.0}), "--pair-weights image-text -1.0: a number from 0"),
+        (dict(pair_weights={"image-text": float("nan")}), "--pair-weights image-text nan: a number from 0"),
+        (
+            dict(pair_weights={"image-meta": 1.0}, modalities=("image", "text")),
+            "--pair-weights image-meta: no pair",
+        ),
+        (
+            dict(pair_weights={"image-text": 1.0}, modalities=("image",), views=2),
+            "--pair-weights image-text: no pair",
+        ),
+        (dict(pair_weights={"image-text": 0.0}, modalities=("image", "text")), "all are 0"),
+    ],
+)
+def test_what_makes_no_loss_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain(**settings)
+
+
+def test_weights_of_pairs_are_those_of_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["demo", "--shards", "s", "--out", "o", "--pair-weights", "image-text", 2, "meta-image", 0.5]
+    _, found = parse(monkeypatch, PRETRAIN, *arguments)
+    assert found.term_weights == {"image->text": 2, "text->image": 2, "meta->image": 0.5, "image->meta": 0.5}
+
+
+@pytest.mark.parametrize("setting", ["--caption", "--text-lr"])
+def test_settings_of_text_are_unused_without_it(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    arguments = ["demo", "--shards", "s", "--out", "o", "--modalities", "image", "meta"]
+    with pytest.raises(ValueError, match=f"{setting}: unused, --modalities is image meta"):
+        parse(monkeypatch, PRETRAIN, *arguments, setting, "0.5")

@@ -181,7 +181,8 @@ def relatives(rank: int, world_size: int) -> dict[str, Tensor]:
     model = Towers()
     embeddings, scale = model(inputs(world_size)[mine])
     mask = (torch.arange(world_size * ROWS) % 3 > 0)[mine]
-    one = gather.supcon(torch.stack([embeddings["image"], embeddings["meta"]], dim=1), labels[mine], scale)
+    views = torch.stack([embeddings["image"], embeddings["meta"]], dim=1)
+    one = gather.supcon(views, labels[mine], scale, present=mask)
     two = gather.siglip(embeddings, labels[mine], scale, scale - 20, present={"meta": mask})
     (one + two["total"]).backward()
     for parameter in model.parameters():
@@ -278,7 +279,7 @@ def test_relatives_are_those_of_one_process_with_all_rows(found: list[dict]) -> 
     model = Towers()
     embeddings, scale = model(inputs(len(found)))
     labels, mask = torch.arange(rows) % 5, torch.arange(rows) % 3 > 0
-    one = losses.supcon(torch.stack([embeddings["image"], embeddings["meta"]], dim=1), labels, scale)
+    one = losses.supcon(torch.stack([embeddings["image"], embeddings["meta"]], dim=1)[mask], labels[mask], scale)
     two = losses.siglip(embeddings, labels, scale, scale - 20, present={"meta": mask})
     (one + two["total"]).backward()
     for result in found:

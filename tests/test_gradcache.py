@@ -1,5 +1,6 @@
 """A batch encoded in parts against the same batch encoded at once."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tests.training import fresh_accelerator
 from xcon import gather, gradcache
 from xcon.model import ContrastiveModel, Tower
+from xcon.objective import Objective
 
 ROWS, CAPTIONS, NUMBERS = 12, 3, 5
 
@@ -110,3 +112,22 @@ def test_gradients_are_added_to_those_there_are(accelerator: Accelerator) -> Non
     _, twice = step(accelerator, model, 4)
     for name, gradient in once.items():
         torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_views_in_parts_have_the_gradients_of_the_whole(accelerator: Accelerator) -> None:
+    """12 rows are 6 photographs of two views; a part of 5 rows divides a photograph's views."""
+    gradients = []
+    for rows in (0, 5):
+        model = ContrastiveModel(
+            {"image": Tower(Encoder(), 4)}, temperature=0.1, max_scale=200.0, learn_temperature=False
+        ).double()  # type: ignore[arg-type]
+        model.load_state_dict(contrastive().state_dict(), strict=False)
+        objective = Objective(("image",), views=2)
+        batch = {"label": torch.tensor([0, 1, 0, 1, 2, 2]), "weight": torch.ones(6), "image": inputs()["image"]}
+        batch["image"] = batch["image"].unflatten(0, (6, 2))  # [b, V, ...]
+        loss = functools.partial(objective.loss, batch)
+        gradcache.backward(accelerator, model, objective.inputs(batch), loss, rows=rows)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-12, msg=name)
+    assert gradients[0]["towers.image.projection.weight"].abs().max() > 1e-3

@@ -199,6 +199,34 @@ def test_metadata_is_hidden_in_its_share_of_records(shards: ShardSet) -> None:
     assert all(never[(0, i, 1.0)]["meta"].isnan().all().item() == (not known[i]) for i in range(len(split)))
 
 
+def test_views_are_crops_of_one_photograph_one_after_the_other(shards: ShardSet) -> None:
+    """The first is the one that a record of a single view has; the next goes on with its draws."""
+    crop = images.train_transform(SPEC, crop_scale=0.35)
+    one, three = (Records(shards.split("train"), ("image",), crop, views=v, seed=2)[(1, 5, 1.0)] for v in (1, 3))
+    assert three["image"].shape == (3, 3, 32, 32)
+    assert torch.equal(three["image"][0], one["image"])
+    assert not torch.equal(three["image"][0], three["image"][1])
+    assert not torch.equal(three["image"][1], three["image"][2])
+
+
+def test_captions_of_a_template_are_those_of_the_card(tiny_shards: Path, shards: ShardSet) -> None:
+    told = ShardSet(tiny_shards, "{name}, one of the {family}")
+    expected = [f"{' '.join(c.name.split())}, one of the {c.hierarchy[0]}" for c in shards.card.classes]
+    for split in ("train", "val", "test"):
+        said = [told.captions[i] for i in told.split(split).caption]
+        assert said == [expected[c] for c in told.split(split).class_id]
+    assert [told.captions[i] for i in told.class_captions] == expected
+    assert told.one_caption_per_class
+    assert told.split("test").photo(3) == shards.split("test").photo(3)
+
+
+def test_a_template_that_names_what_a_class_has_not_is_refused(tiny_shards: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"caption template 'a {order}': class .* has no 'order', only name, species"
+    ):
+        ShardSet(tiny_shards, "a {order}")
+
+
 def test_evaluation_has_every_record_once_for_any_number_of_processes(shards: ShardSet) -> None:
     """36 records; batches of 16 become 18 for three processes."""
     records = Records(shards.split("test"), ("meta",))

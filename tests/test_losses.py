@@ -436,6 +436,25 @@ def test_supcon_without_positives_is_zero() -> None:
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+def test_supcon_leaves_out_rows_that_are_not_present() -> None:
+    """They are no anchors, no positives and no candidates, whatever stands in them, and get no gradient."""
+    views, labels = unit(6, 2, 5), torch.tensor([0, 1, 0, 1, 0, 2])
+    present = torch.tensor([True, True, True, True, False, False])
+    views[4:] = torch.nan
+    views.requires_grad_()
+    found = losses.supcon(views, labels, double(7.0), present=present)
+    expected = losses.supcon(views[:4], labels[:4], double(7.0))
+    assert found.item() == expected.item()
+    assert torch.equal(torch.autograd.grad(found, views)[0][4:], torch.zeros(2, 2, 5))
+
+
+def test_a_weighted_total_by_hand() -> None:
+    """1 + 2 x 2 + 0.5 x 4 = 7; the losses themselves stay."""
+    terms = {"a->b": double(1.0), "b->a": double(2.0), "a->c": double(4.0), "total": double(7.5)}
+    found = losses.weighted(terms, {"b->a": 2.0, "a->c": 0.5})
+    assert {name: loss.item() for name, loss in found.items()} == {"a->b": 1, "b->a": 2, "a->c": 4, "total": 7}
+
+
 def test_shares_of_cross_entropy_add_up_to_that_of_all_rows() -> None:
     """Two processes of 4 places each, of which the last only fills up: the mean over the 7 rows."""
     logits, labels = 3 * unit(8, 5, seed=4), torch.tensor([0, 4, 1, 1, 2, 0, 3, 3])

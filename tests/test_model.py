@@ -47,6 +47,16 @@ def contrastive(temperature: float = 0.007, max_scale: float = 200.0) -> Contras
     return ContrastiveModel(towers(), temperature=temperature, max_scale=max_scale).eval()
 
 
+def test_a_fixed_temperature_has_no_gradient_and_is_saved_as_the_learned_one_is() -> None:
+    fixed, learned = (
+        meta_only(temperature=0.1, max_scale=200.0, learn_temperature=learn) for learn in (False, True)
+    )
+    assert fixed.scale().item() == learned.scale().item() == pytest.approx(10)
+    assert not fixed.scale().requires_grad
+    assert learned.scale().requires_grad
+    assert fixed.state_dict().keys() == learned.state_dict().keys()
+
+
 def meta_only(**settings: float) -> ContrastiveModel:
     return ContrastiveModel({"meta": Tower(MetaEncoder(MetaSpec(4, 1)), 4)}, **settings)
 

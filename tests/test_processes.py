@@ -127,3 +127,23 @@ def test_the_same_trajectory_in_float32(tiny_shards: Path, tmp_path: Path) -> No
         training.lines(tmp_path / "two", "val"), training.lines(tmp_path / "one", "val")
     )
     assert held_out["loss"] < 1e-4
+
+
+def test_views_in_groups_and_parts_have_the_same_trajectory(tiny_shards: Path, tmp_path: Path) -> None:
+    """15 steps of supervised contrastive learning: in one process, and in two that encode 3 photographs at a time.
+
+    The last batch of an epoch has 16 records and 4 rows that fill it up. The loss falls, the temperature stays.
+    """
+    settings = ["--shards", tiny_shards, *training.VIT, *training.EVERY_STEP, "--batch-size", "20"]
+    argv = ["supcon", *settings, "--per-class", "4", "--epochs", "3", "--patience", "0"]
+    assert training.run(pretrain.main, [*argv, "--out", tmp_path / "one"]) == 0
+    training.torchrun("pretrain", *argv, "--micro-batch", "3", "--out", tmp_path / "two")
+
+    one, two = (training.lines(tmp_path / name, "train") for name in ("one", "two"))
+    assert len(one) == 15
+    deviation = training.largest_deviation(two, one)
+    assert deviation["total"] < 1e-4
+    assert [line["scale"] for line in two] == pytest.approx([10] * 15)
+    held_out = [training.lines(tmp_path / name, "val") for name in ("one", "two")]
+    assert training.largest_deviation(*held_out)["loss"] < 1e-4
+    assert held_out[0][-1]["loss"] < held_out[0][0]["loss"]

@@ -147,6 +147,36 @@ def test_captions_by_hand(template: str, text: str) -> None:
     assert records.caption(template, OSPREY) == text
 
 
+@pytest.mark.parametrize(
+    ("name", "species", "plumage"),
+    [
+        ("Osprey", "Osprey", ""),
+        ("Bald Eagle (Adult, subadult)", "Bald Eagle", "adult or subadult"),
+        ("Snow Goose (White morph)", "Snow Goose", "white morph"),
+        ("American Kestrel (Adult Male)", "American Kestrel", "adult male"),
+        ("American Kestrel (Female/immature)", "American Kestrel", "female or immature"),
+        ("American Kestrel (Female, immature)", "American Kestrel", "female or immature"),
+        ("Blue-winged Teal  (Female/juvenile)", "Blue-winged Teal", "female or juvenile"),
+        ("Swainson's Hawk (Dark morph )", "Swainson's Hawk", "dark morph"),
+        ("Yellow-rumped Warbler (Breeding Audubon's)", "Yellow-rumped Warbler", "breeding audubon's"),
+        ("(Unknown)", "(Unknown)", ""),
+        ("Heron (Great) Blue", "Heron (Great) Blue", ""),
+    ],
+)
+def test_species_and_plumage_of_a_name(name: str, species: str, plumage: str) -> None:
+    """Spellings of NABirds, and two names whose parenthesis is not at their end or all there is."""
+    info = dataclasses.replace(OSPREY, name=name)
+    fields = info.caption_fields
+    assert (fields["species"], fields["plumage"]) == (species, plumage)
+
+
+def test_a_class_without_plumage_leaves_no_gap() -> None:
+    template = "a photograph of a {plumage} {species} ({scientific_name})"
+    male = dataclasses.replace(OSPREY, name="Osprey (Adult Male)")
+    assert records.caption(template, OSPREY) == "a photograph of a Osprey (Pandion haliaetus)"
+    assert records.caption(template, male) == "a photograph of a adult male Osprey (Pandion haliaetus)"
+
+
 def test_spaces_of_a_name_are_not_the_captions() -> None:
     twice = dataclasses.replace(OSPREY, name=" European  Starling ")
     assert records.caption("{name}", twice) == "European Starling"

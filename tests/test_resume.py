@@ -168,6 +168,25 @@ def test_a_run_killed_after_it_stopped_early(tiny_shards: Path, folder: Path) ->
     assert (again / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
+def test_views_in_groups_resume_exactly_and_fine_tuning_starts_from_them(tiny_shards: Path, folder: Path) -> None:
+    """Resumed within an epoch: 10 steps of 5 an epoch, stopped after step 8. The classifier has its groups too."""
+    small = (*training.RESNET, *training.EVERY_STEP, "--batch-size", "20", "--per-class", "4", "--epochs", "2")
+    argv = ["supcon", "--shards", str(tiny_shards), *small, "--checkpoint-every", "4"]
+    run, again = folder / "views", folder / "views-again"
+    assert training.run(pretrain.main, [*argv, "--out", str(run)]) == 0
+    shutil.copytree(run, again)
+    (again / "model.json").unlink()
+    assert sorted(path.name for path in (again / "checkpoints").glob("step-*")) == ["step-4", "step-8"]
+    assert training.run(pretrain.main, [*argv, "--out", str(again)]) == 0
+    assert training.lines(again) == training.lines(run)
+    assert (again / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+    tuned = ["image", "--shards", str(tiny_shards), *small, "--init", str(run), "--out", str(folder / "tuned")]
+    assert training.run(finetune.main, tuned) == 0
+    saved = json.loads((folder / "tuned" / "config.json").read_text())
+    assert (saved["init_method"], saved["per_class"]) == ("supcon", 4)
+
+
 def test_what_may_not_change(
     undisturbed: Path, tiny_shards: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

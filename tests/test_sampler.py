@@ -2,7 +2,10 @@
 
 import itertools
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xcon.sampler import Order
 
@@ -83,3 +86,86 @@ def test_resumed_batches_are_those_that_remain(step: int) -> None:
     order = Order(20, 6, seed=2)
     whole = list(order.local_batches(steps=range(12), rank=1, world_size=2))
     assert list(order.local_batches(steps=range(step, 12), rank=1, world_size=2)) == whole[step:]
+
+
+# ---- groups of a class
+
+counts_of_classes = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+def grouped(counts: list[int], batch_size: int, per_class: int, seed: int) -> Order:
+    """An order over classes of these many records, which lie in the split in disorder."""
+    class_id = np.random.default_rng(9).permutation(np.repeat(np.arange(len(counts)), counts))
+    return Order(len(class_id), batch_size, seed, per_class, class_id)
+
+
+def in_batches(order: Order, epoch: int = 0) -> np.ndarray:
+    """`[S, C]` how many real records of each class every batch of an epoch has."""
+    classes = [[order.class_id[i] for _, i, weight in batch if weight] for batch in epoch_of(order, epoch)]
+    return np.stack([np.bincount(c, minlength=order.class_id.max() + 1) for c in classes])
+
+
+@given(counts_of_classes, st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_a_grouped_epoch_has_every_record_once_and_as_many_steps(
+    counts: list[int], per_class: int, classes: int, seed: int
+) -> None:
+    order = grouped(counts, per_class * classes, per_class, seed)
+    plain = Order(order.samples, order.batch_size, seed)
+    assert order.steps_per_epoch == plain.steps_per_epoch
+    for epoch in (0, 3):
+        items = list(itertools.chain(*epoch_of(order, epoch)))
+        assert sorted(index for _, index, weight in items if weight == 1) == list(range(order.samples))
+    for step in range(order.steps_per_epoch):
+        assert [weight for *_, weight in order.batch(step)] == [weight for *_, weight in plain.batch(step)]
+
+
+@given(counts_of_classes, st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_a_class_comes_in_as_many_groups_as_it_has(
+    counts: list[int], per_class: int, classes: int, seed: int
+) -> None:
+    """n records are n // K groups of K, each of them within one batch."""
+    found = in_batches(grouped(counts, per_class * classes, per_class, seed))
+    assert (found // per_class).sum(axis=0).tolist() == [n // per_class for n in counts]
+
+
+@given(counts_of_classes, st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_no_batch_has_two_groups_of_a_class_where_there_are_batches_enough(
+    counts: list[int], per_class: int, classes: int, seed: int
+) -> None:
+    """A class with as many groups as there are batches needs a place in the last, shorter batch too."""
+    found = in_batches(grouped(counts, per_class * classes, per_class, seed))
+    groups, steps = [n // per_class for n in counts], len(found)
+    in_last = (found[-1].sum()) // per_class
+    if max(groups) <= steps and groups.count(steps) <= in_last:
+        assert found.max() < 2 * per_class
+
+
+def test_equal_classes_by_hand() -> None:
+    """5 classes of 8 records in batches of 10, 2 of a class: 4 batches, each with 2 of every class."""
+    for epoch in range(3):
+        assert in_batches(grouped([8] * 5, 10, 2, seed=1), epoch).tolist() == [[2] * 5] * 4
+
+
+def test_classes_as_in_nabirds_have_no_second_group_in_a_batch() -> None:
+    """555 classes of 4 to 60: with K = 4 a batch of 32 has 4 of a class at most, and 1.5 classes too many."""
+    counts = np.random.default_rng(0).integers(4, 61, 555)
+    found = in_batches(grouped(counts.tolist(), 32, 4, seed=0))
+    assert found.max() == 4
+    left = np.count_nonzero(counts % 4)
+    pieces = np.count_nonzero((found > 0) & (found < 4))
+    assert left <= pieces <= 1.1 * left  # few are divided between two batches
+
+
+def test_a_grouped_order_is_one_of_seed_and_epoch_for_all_processes() -> None:
+    counts = [5, 3, 8, 1, 7]
+    whole = [grouped(counts, 8, 2, seed=2).batch(step) for step in range(9)]
+    parts = [grouped(counts, 8, 2, seed=2).local_batches(steps=range(4, 9), rank=r, world_size=2) for r in (0, 1)]
+    assert [one + two for one, two in zip(*parts, strict=True)] == whole[4:]
+    assert whole[0] != [(0, *item[1:]) for item in whole[3]]
+    assert whole[0] != grouped(counts, 8, 2, seed=3).batch(0)
+
+
+def test_the_last_batch_is_filled_up_from_the_front_of_the_epoch() -> None:
+    """24 records in batches of 16: the last 8 rows are the first 8."""
+    order = grouped([6] * 4, 16, 4, seed=0)
+    assert order.indices(1)[8:].tolist() == order.indices(0)[:8].tolist()

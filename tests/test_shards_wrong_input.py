@@ -268,7 +268,7 @@ CASES = [
     Case(
         "bad caption field",
         lambda f: build(f, "--caption", "a {colour} bird"),
-        "has no 'colour', only name, scientific_name, family",
+        "has no 'colour', only name, species, plumage, scientific_name, family",
     ),
     Case("caption without a field", lambda f: build(f, "--caption", "a bird"), "names no field"),
     Case("caption cut", lambda f: build(f, "--caption", "a {name"), "caption template 'a {name'"),

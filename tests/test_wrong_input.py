@@ -282,6 +282,16 @@ USAGE = [
     Case("negative rate", "pretrain", lambda w: w.pretrain("--image-lr", "-1"), "--image-lr -1.0: no negative"),
     Case("crop of more", "pretrain", lambda w: w.pretrain("--crop-scale", "2"), "--crop-scale 2.0: a share"),
     Case("too hot", "pretrain", lambda w: w.pretrain("--temperature", "0"), "--temperature 0.0: "),
+    Case(
+        "views of several", "pretrain", lambda w: w.pretrain("--views", "2"), "--views 2: for --modalities image"
+    ),
+    Case("groups", "finetune", lambda w: w.finetune("--per-class", "5"), "--per-class 5: does not divide"),
+    Case(
+        "no pair", "pretrain", lambda w: w.pretrain("--pair-weights", "image-sound", "2"), "image-sound: no pair"
+    ),
+    Case(
+        "caption", "pretrain", lambda w: w.pretrain("--caption", "{order}"), "has no 'order', only name, species"
+    ),
     Case("one modality", "pretrain", lambda w: w.pretrain("--modalities", "image"), "at least two"),
     Case("twice the same", "finetune", lambda w: w.finetune("--modalities", "meta", "meta"), "named twice"),
     Case("text to classify", "finetune", lambda w: w.finetune("--modalities", "image", "text"), "--modalities"),

@@ -49,7 +49,8 @@ def train() -> None:
     config.check_patience(cfg, validation=shards.has("val"))
     if begun:
         check_fits(cfg, begun, shards.card)
-    order = Order(len(shards.split("train")), cfg.batch_size, cfg.seed)
+    train_split = shards.split("train")
+    order = Order(len(train_split), cfg.batch_size, cfg.seed, cfg.per_class, train_split.class_id)
     facts = {"command": "finetune", "recipe": recipe, "shards_sha256": shards.card.sha256}
     facts |= (
         {"init_method": begun.method, "init_shards_sha256": begun.shards_sha256} if begun else {"init_method": ""}

@@ -69,10 +69,11 @@ def cross_contrastive(
         return losses.with_total(terms)
 
 
-def supcon(views: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """`losses.supcon` of the views `[b, V, D]` and labels `[b]` of all processes; see there."""
-    vectors, everyones = _gather_batch({"views": views}, _Batch(labels, {}, {}))
-    return losses.supcon(vectors["views"], everyones.labels, scale)
+def supcon(views: Tensor, labels: Tensor, scale: Tensor, *, present: Tensor | None = None) -> Tensor:
+    """`losses.supcon` of the views `[b, V, D]`, labels `[b]` and mask `[b]` of all processes; see there."""
+    masks = {} if present is None else {"views": present}
+    vectors, everyones = _gather_batch({"views": views}, _Batch(labels, masks, {}))
+    return losses.supcon(vectors["views"], everyones.labels, scale, present=everyones.present.get("views"))
 
 
 def siglip(

@@ -1,8 +1,9 @@
 """Batches: the records of one process, step by step, as tensors.
 
-A batch is a dictionary: `image` `[b, 3, S, S]` uint8, `text` `[b, L]` token ids, `meta` `[b, 3]` lon and lat
-in degrees and the fraction of the year (NaN where unknown), and beside the modalities `label` `[b]` class ids,
-`index` `[b]` the records' numbers in their split, `weight` `[b]`, 0 for rows that only fill up the last batch.
+A batch is a dictionary: `image` `[b, 3, S, S]` uint8 (of V views `[b, V, 3, S, S]`), `text` `[b, L]` token ids,
+`meta` `[b, 3]` lon and lat in degrees and the fraction of the year (NaN where unknown), and beside the modalities
+`label` `[b]` class ids, `index` `[b]` the records' numbers in their split, `weight` `[b]`, 0 for rows that only
+fill up the last batch.
 Where captions are shared by class, `text` has this process's part of the captions instead, and `text_class` their
 class ids. For a frozen text encoder `text` are vectors `[b, F]` instead of token ids.
 """
@@ -38,6 +39,7 @@ class Records(Dataset[Batch]):
         transform: of the photograph; needed where images are delivered.
         tokens: `[K, L]` token ids of the distinct captions; needed where text is delivered.
         meta_dropout: share of records whose metadata is hidden.
+        views: times that each photograph is transformed; more than one are stacked, `[V, 3, S, S]`.
         seed: of crops, flips and hidden metadata; every record and epoch has draws of its own, whatever
             process and worker it falls to.
     """
@@ -47,6 +49,7 @@ class Records(Dataset[Batch]):
     transform: Transform | None = None
     tokens: Tensor | None = None
     meta_dropout: float = 0.0
+    views: int = 1
     seed: int = 0
 
     def __getitem__(self, item: Item) -> Batch:
@@ -79,7 +82,9 @@ class Records(Dataset[Batch]):
         except ValueError as error:
             raise ValueError(f"{self.split.describe(index)}: {error}; xcon-shards verify lists all") from None
         assert self.transform is not None
-        return self.transform(pixels).contiguous()
+        if self.views == 1:
+            return self.transform(pixels).contiguous()
+        return torch.stack([self.transform(pixels) for _ in range(self.views)])  # [V, 3, S, S]
 
 
 @contextlib.contextmanager
@@ -211,11 +216,6 @@ class _Batches:
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     """All tensors of a batch on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def match_on(rows: Batch, matching: str) -> Tensor:
-    """`[b]` what rows must share to be positives: their class, or (CLIP) to be the same record."""
-    return rows["label"] if matching == "label" else rows["index"]
 
 
 def present(rows: Batch) -> dict[str, Tensor]:

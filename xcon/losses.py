@@ -195,16 +195,29 @@ def clip(
     return cross_contrastive(embeddings, labels, scale, present=present)
 
 
-def supcon(views: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The losses of `cross_contrastive`, and as `"total"` their weighted sum.
+
+    Args:
+        terms: as `cross_contrastive` returns them.
+        weights: `"a->b"` -> factor of that loss in the total; 1 where a loss is not named.
+    """
+    losses = {name: loss for name, loss in terms.items() if name != "total"}
+    total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
+    return {**losses, "total": total}
+
+
+def supcon(views: Tensor, labels: Tensor, scale: Tensor, *, present: Tensor | None = None) -> Tensor:
     """Supervised contrastive loss of one modality (Khosla et al. 2020, equation 2, L_out).
 
     Every view of every row is an anchor; all other views of its class are its positives, all other views its
-    candidates.
+    candidates. With a label of its own for each row it is SimCLR's (Chen et al. 2020, equation 1).
 
     Args:
         views: `[N, V, D]` unit vectors.
         labels: `[N]` integers.
         scale: 1 / temperature, a positive scalar.
+        present: `[N]` bool, the rows that take part; all where it is not given.
 
     Returns:
         The mean over the anchors that have a positive, a scalar; zero where none has.
@@ -215,6 +228,8 @@ def supcon(views: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     _check_ids("labels", labels)
     if views.ndim != 3 or len(views) != len(labels):
         raise ValueError(f"views are {list(views.shape)}, [{len(labels)}, V, D] is needed")
+    if present is not None:
+        views, labels = views[present], labels[present]
     with torch.autocast(views.device.type, enabled=False):
         vectors, scale = widened({"views": views}, scale)
         z = vectors["views"].flatten(0, 1)  # [NV, D]

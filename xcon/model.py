@@ -37,19 +37,22 @@ class Tower(nn.Module):
 
 
 class ContrastiveModel(nn.Module):
-    """Towers by modality and the learned temperature (paper, section 3.1).
+    """Towers by modality and the temperature (paper, section 3.1).
 
     Args:
         towers: modality -> tower, all of one output width.
-        temperature: where it starts; it is learned in log space.
+        temperature: where it starts; it is held, and learned, in log space.
         max_scale: bound on 1 / temperature.
+        learn_temperature: else it stays where it starts.
     """
 
-    def __init__(self, towers: Mapping[str, Tower], *, temperature: float, max_scale: float) -> None:
+    def __init__(
+        self, towers: Mapping[str, Tower], *, temperature: float, max_scale: float, learn_temperature: bool = True
+    ) -> None:
         super().__init__()
         self.towers = nn.ModuleDict(towers)
         # Of shape (1,): DeepSpeed does not take parameters without dimensions.
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]), learn_temperature)
         self.max_log_scale = math.log(max_scale)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,7 +7,6 @@ The same command given again resumes from the newest checkpoint; `--help` lists 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import torch
 from accelerate.utils import set_seed
@@ -22,7 +21,6 @@ from xcon import (
     gradcache,
     images,
     launch,
-    losses,
     model,
     optim,
 )
@@ -35,11 +33,11 @@ from xcon.loader import (
     Share,
     evaluation_loader,
     make_loader,
-    match_on,
     present,
     to_device,
 )
 from xcon.model import ContrastiveModel, ModelSpec, Tower
+from xcon.objective import Objective, neighbour_top1
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
 from xcon.tracking import Clock, Silent, Tracker
@@ -59,9 +57,10 @@ def train() -> None:
     accelerator = launch.make_accelerator(cfg.precision, batch_size=cfg.batch_size, clip_norm=cfg.clip_norm)
 
     # Data
-    shards = ShardSet(cfg.shards)
+    shards = ShardSet(cfg.shards, cfg.caption)
     config.check_patience(cfg, validation=shards.has("val"))
-    order = Order(len(shards.split("train")), cfg.batch_size, cfg.seed)
+    train_split = shards.split("train")
+    order = Order(len(train_split), cfg.batch_size, cfg.seed, cfg.per_class, train_split.class_id)
 
     # Model
     set_seed(cfg.seed)
@@ -72,7 +71,10 @@ def train() -> None:
         accelerator.print(f"{cfg.out}: this run is complete")
         launch.finish(accelerator)
         return
-    contrastive = ContrastiveModel(towers, temperature=cfg.temperature, max_scale=cfg.max_scale)
+    contrastive = ContrastiveModel(
+        towers, temperature=cfg.temperature, max_scale=cfg.max_scale, learn_temperature=cfg.learn_temperature
+    )
+    objective = Objective(cfg.modalities, cfg.matching, cfg.views, cfg.term_weights)
     spec = ModelSpec(
         kind="contrastive", method=cfg.method, embed_dim=cfg.embed_dim, hidden=None,
         classes=shards.card.class_facts(), shards_sha256=shards.card.sha256,
@@ -80,11 +82,11 @@ def train() -> None:
     )  # fmt: skip
     texts = text.inputs if text else None
     crop = images.train_transform(spec.image, crop_scale=cfg.crop_scale) if spec.image else None
-    train_split, shared = shards.split("train"), None
+    shared = None
     if text and cfg.matching == "label" and shards.one_caption_per_class:
         shared = ClassCaptions(text.inputs[torch.from_numpy(shards.class_captions)], train_split.class_id)
     own = tuple(m for m in cfg.modalities if m != "text" or not shared)
-    records = Records(train_split, own, crop, texts, seed=cfg.seed)
+    records = Records(train_split, own, crop, texts, views=cfg.views, seed=cfg.seed)
     share = Share(accelerator.process_index, accelerator.num_processes, cfg.workers)
 
     # Optimiser
@@ -111,9 +113,9 @@ def train() -> None:
             wrapped.train()
             rows = to_device(batch, accelerator.device)
             optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total))
-            loss = functools.partial(loss_of, rows, cfg.matching)
-            inputs: dict[str, Tensor] = {m: rows[m] for m in cfg.modalities}
-            terms, scale = gradcache.backward(accelerator, wrapped, inputs, loss, rows=cfg.micro_batch)
+            loss = functools.partial(objective.loss, rows)
+            inputs, at_once = objective.inputs(rows), cfg.micro_batch * cfg.views
+            terms, scale = gradcache.backward(accelerator, wrapped, inputs, loss, rows=at_once)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), cfg.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -130,7 +132,7 @@ def train() -> None:
                 tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
             with clock.paused():
                 if at.step % order.steps_per_epoch == 0 and shards.has("val"):
-                    held_out = validate(wrapped, cfg, spec, shards, texts, share, accelerator.device)
+                    held_out = validate(wrapped, cfg, spec, shards, texts, objective, share, accelerator.device)
                     launch.check_finite(held_out["loss"], at.step)
                     at = at.after((held_out.get("top1", 0.0), -held_out["loss"]))
                     if at.since_best == 0:
@@ -190,53 +192,45 @@ def build_towers(
     return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, text
 
 
-def loss_of(rows: Batch, matching: str, embeddings: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
-    """The losses of the global batch, from this process's rows and vectors."""
-    classes = {"text": rows["text_class"]} if "text_class" in rows else {}
-    labels = match_on(rows, matching)
-    return gather.cross_contrastive(embeddings, labels, scale, present=present(rows), classes=classes)
-
-
 def validate(
     wrapped: nn.Module, cfg: PretrainConfig, spec: ModelSpec, shards: ShardSet, texts: Tensor | None,
-    share: Share, device: torch.device,
+    objective: Objective, share: Share, device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
     """The loss on the validation split in batches of training's size, and how often the right caption is found.
 
     Returns:
         `loss`, the mean total; where there is text also `top1`, the share of records whose class has the caption
-        most similar to image and metadata together, and `image_top1` and `meta_top1`, to one of them alone. The
-        same on all processes.
+        most similar to image and metadata together, and `image_top1` and `meta_top1`, to one of them alone; of
+        several views `top1` is the share whose nearest neighbour is of their class. The same on all processes.
     """
     gather.share_buffers(wrapped)
     wrapped.eval()
-    split = shards.split("val")
-    transform = images.eval_transform(spec.image) if spec.image else None
-    records = Records(split, cfg.modalities, transform, texts)
+    split, transform = shards.split("val"), None
+    if spec.image and cfg.views > 1:  # crops as in training, the same after every epoch
+        transform = images.train_transform(spec.image, crop_scale=cfg.crop_scale)
+    elif spec.image:
+        transform = images.eval_transform(spec.image)
+    records = Records(split, cfg.modalities, transform, texts, views=cfg.views, seed=cfg.seed)
     together = min(cfg.batch_size, cfg.micro_batch * share.world_size or cfg.batch_size)
     batches = evaluation_loader(records, share, batch_size=together)
 
     def embed(rows: Batch) -> dict[str, Tensor]:
-        embeddings, _ = wrapped({m: rows[m] for m in cfg.modalities})
+        embeddings = objective.by_record(wrapped(objective.inputs(rows))[0])
         return {**embeddings, **{f"{m} present": mask for m, mask in present(rows).items()}}
 
     found = evaluation.collect(batches, embed, samples=len(split), device=device)
-    embeddings: dict[str, Tensor] = {m: found[m] for m in cfg.modalities}  # [N, D] each
+    embeddings: dict[str, Tensor] = {m: found[m] for m in cfg.modalities}  # [N, D] or [N, V, D] each
     masks: dict[str, Tensor] = {m: found[f"{m} present"] for m in cfg.modalities}  # [N] each
-    target = found["label"] if cfg.matching == "label" else torch.arange(len(split))
+    accuracy = {}
     with torch.inference_mode():
         _, scale = wrapped({})
-        loss = 0.0
-        for rows in torch.arange(len(split)).split(cfg.batch_size):
-            part = {m: z[rows] for m, z in embeddings.items()}
-            part_masks = {m: mask[rows] for m, mask in masks.items()}
-            terms = losses.cross_contrastive(part, target[rows], scale.cpu(), present=part_masks)
-            loss += terms["total"].item() * len(rows) / len(split)
-        if texts is None:
-            return gather.agree({"loss": loss}, device)
-        class_texts = texts[torch.from_numpy(shards.class_captions)].to(device)
-        captions_of = wrapped({"text": class_texts})[0]["text"].cpu()  # [C, D]
-    accuracy = evaluation.caption_top1(embeddings, masks, captions_of, found["label"])
+        loss = objective.held_out_loss(embeddings, masks, found["label"], scale.cpu(), batch_size=cfg.batch_size)
+        if texts is not None:
+            class_texts = texts[torch.from_numpy(shards.class_captions)].to(device)
+            captions_of = wrapped({"text": class_texts})[0]["text"].cpu()  # [C, D]
+            accuracy = evaluation.caption_top1(embeddings, masks, captions_of, found["label"])
+    if cfg.views > 1:
+        accuracy = {"top1": neighbour_top1(embeddings["image"], found["label"])}
     return gather.agree({"loss": loss, **accuracy}, device)
 
 

@@ -29,6 +29,8 @@ FORMAT = "xcon-shards/1"
 # The paper's sentence, section 3.1, "Text Embedding". Fields: those of `ClassInfo.caption_fields`.
 PAPER_CAPTION = "This is a photograph of a bird called {name}"
 
+_IN_PARENTHESES = re.compile(r"(.*\S) ?\(([^()]*)\)")
+
 # What Pillow raises on a damaged file, by experience; its DecompressionBombError beside them.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
@@ -176,13 +178,24 @@ class ClassInfo:
 
     @property
     def caption_fields(self) -> dict[str, str]:
-        """What a caption template may name; `family` is the top group of the hierarchy."""
+        """What a caption template may name.
+
+        Returns:
+            `name`; `species`, the name without a parenthesis at its end; `plumage`, the words of that parenthesis
+            (sex, age, morph), empty without one; where they are known `scientific_name` and `family`, the top
+            group of the hierarchy.
+        """
+        name = " ".join(self.name.split())
+        parts = _IN_PARENTHESES.fullmatch(name)
+        species, words = parts.groups() if parts else (name, "")
         known = {
-            "name": " ".join(self.name.split()),
             "scientific_name": self.scientific_name,
             "family": self.hierarchy[0] if self.hierarchy else None,
         }
-        return {field: value for field, value in known.items() if value}
+        # NABirds writes the same as "Female/immature" and "Female, immature", "Adult Male" and "Adult male".
+        plumage = " or ".join(part.strip() for part in re.split("[/,]", words.lower()))
+        named = {"name": name, "species": species, "plumage": plumage}
+        return named | {field: value for field, value in known.items() if value}
 
 
 def index_schema() -> pa.Schema:
@@ -191,7 +204,9 @@ def index_schema() -> pa.Schema:
 
 
 def caption(template: str, info: ClassInfo) -> str:
-    """The pseudo-caption of a class (paper, section 3.1).
+    """The pseudo-caption of a class (paper, section 3.1), its words set apart by single spaces.
+
+    So `a {plumage} {species}` reads well for a class without plumage too.
 
     Raises:
         ValueError: the template names a field that the class has not, or none at all.
@@ -205,7 +220,7 @@ def caption(template: str, info: ClassInfo) -> str:
     if missing := [f for f in fields if f not in info.caption_fields]:
         have = ", ".join(info.caption_fields)
         raise ValueError(f"caption template {template!r}: class {info.name!r} has no {missing[0]!r}, only {have}")
-    return template.format(**info.caption_fields)
+    return " ".join(template.format(**info.caption_fields).split())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,20 +13,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xcon import records
 from xcon.records import INDEX_COLUMNS, Card, index_schema
 
 
 class ShardSet:
     """A folder that `xcon-shards build` made.
 
+    Args:
+        folder: with its card.
+        caption: template of captions by class (`records.caption`), in place of those that were built.
+
     Raises:
-        FileNotFoundError, ValueError: no shard set here, or one whose indices do not fit its card.
+        FileNotFoundError, ValueError: no shard set here, one whose indices do not fit its card, or a template
+            that names what a class has not.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, caption: str | None = None) -> None:
         self.folder = folder
         self.card = Card.load(folder)
         tables = {split: _read_indices(folder, self.card, split) for split in self.card.splits}
+        if caption is not None:
+            texts = pa.array([records.caption(caption, info) for info in self.card.classes])  # [C]
+            tables = {split: _with_captions(table, texts) for split, table in tables.items()}
         distinct = {text for table in tables.values() for text in table["caption"].unique().to_pylist()}
         # Sorted, so that all processes and all runs number the captions alike.
         self.captions: tuple[str, ...] = tuple(sorted(distinct))
@@ -151,3 +160,9 @@ def _read_indices(folder: Path, card: Card, split: str) -> pa.Table:
             raise ValueError(f"{index}: {table.num_rows} records, the card says {shard.samples}")
         tables.append(table)
     return pa.concat_tables(tables) if tables else index_schema().empty_table()
+
+
+def _with_captions(table: pa.Table, texts: pa.Array) -> pa.Table:
+    """An index with the captions of its classes, `[C]`."""
+    column = table.schema.get_field_index("caption")
+    return table.set_column(column, "caption", texts.take(table["class_id"].combine_chunks()))
