@@ -65,7 +65,7 @@ def test_clip_is_image_and_text_row_by_row() -> None:
 @pytest.mark.parametrize("recipes", [PRETRAIN, FINETUNE])
 def test_every_recipe_says_its_command_and_what_comes_of_it(recipes: dict) -> None:
     for name, (text, _) in recipes.items():
-        command = re.search(r"Command: .*(pretrain|finetune)(?:\.py)? (\w+) --shards \S+ .*--out", text)
+        command = re.search(r"Command: .*(pretrain|finetune)(?:\.py)? ([\w-]+) --shards \S+ .*--out", text)
         assert command, name
         assert command[2] == name
         assert "Expected: " in text

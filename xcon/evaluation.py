@@ -63,12 +63,12 @@ def with_controls(network: Classifier, batch: Mapping[str, Tensor], others: Tens
         batch: with its modalities and `index`.
         others: `[N, 3]` the places to take instead of the records' own.
     """
-    fixed = {m: network.embed(m, batch[m]) for m in network.towers if m != "meta"}
+    fixed = {m: network.embed(m, batch[m]) for m in network.modalities if m != "meta"}
 
     def with_places(places: Tensor) -> Tensor:
         return network.classify({**fixed, "meta": network.embed("meta", places)}).float().softmax(dim=1)
 
-    if "meta" not in network.towers:
+    if "meta" not in network.modalities:
         return {"scores": network.classify(fixed).float().softmax(dim=1)}
     return {
         "scores": with_places(batch["meta"]),

@@ -124,7 +124,7 @@ def evaluate(
     share = Share(accelerator.process_index, accelerator.num_processes, settings.workers)
     transform = images.eval_transform(spec.image) if spec.image else None
     batches = evaluation_loader(
-        Records(split, tuple(network.towers), transform), share, batch_size=settings.batch_size
+        Records(split, network.modalities, transform), share, batch_size=settings.batch_size
     )
     # Metadata of another record drawn at random: what the model makes of a place says nothing of the bird then.
     permuted = split.place[np.random.default_rng(0).permutation(len(split))]
@@ -148,7 +148,7 @@ def evaluate(
         "split": split.name,
         **own,
         "label_space": f"{len(ours)} classes of the source",
-        "with_meta": "meta" in network.towers,
+        "with_meta": "meta" in network.modalities,
         "seed": config.read_json(settings.run / "config.json")["seed"],
         "shards_sha256": shards.card.sha256,
         **dict(zip(metrics.CONTROLS, controls, strict=False)),
@@ -182,7 +182,7 @@ def summary(facts: Mapping[str, Any]) -> str:
 
 def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: Accelerator) -> None:
     """The most probable classes of each photograph, on the terminal or in a file."""
-    if "meta" not in network.towers and (settings.lon, settings.lat, settings.date) != (None, None, None):
+    if "meta" not in network.modalities and (settings.lon, settings.lat, settings.date) != (None, None, None):
         raise ValueError(f"--lon, --lat, --date: {settings.run} was fine-tuned without metadata, they are unused")
     if spec.image is None:
         raise ValueError(f"{settings.run}: fine-tuned without images, it cannot rank photographs")
@@ -195,7 +195,7 @@ def rank(settings: Settings, network: Classifier, spec: ModelSpec, accelerator: 
         photos = torch.stack([transform(read(file)) for file in files])  # [b, 3, S, S]
         inputs = {"image": photos, "meta": place.expand(len(files), -1)}
         with torch.inference_mode(), launch.autocast(accelerator, settings.precision):
-            logits = network.score({m: inputs[m].to(accelerator.device) for m in network.towers})
+            logits = network.score({m: inputs[m].to(accelerator.device) for m in network.modalities})
         best = logits.float().softmax(dim=1).cpu().topk(min(settings.top or 5, len(spec.classes)))
         for file, values, ids in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
             for n, (c, p) in enumerate(zip(ids, values, strict=True), start=1):
