@@ -2,18 +2,34 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from tests import training
-from xcon import classifier, config, encoders, evaluation, finetune, images, maps, model, predict, pretrain, start
+from xcon import (
+    classifier,
+    config,
+    encoders,
+    evaluation,
+    finetune,
+    images,
+    launch,
+    maps,
+    model,
+    predict,
+    pretrain,
+    start,
+)
 from xcon.classifier import Product
 from xcon.loader import Records, Share, evaluation_loader
 from xcon.model import ContrastiveModel
@@ -157,6 +173,22 @@ def test_average_weights_by_hand(tiny_shards: Path, tmp_path: Path, monkeypatch:
     assert not torch.allclose(found["head.4.weight"], seen[-1]["head.4.weight"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "stage", "refused"),
+    [
+        (DistributedType.NO, None, False),
+        (DistributedType.DEEPSPEED, 2, False),
+        (DistributedType.DEEPSPEED, 3, True),
+        (DistributedType.FSDP, None, True),
+    ],
+)
+def test_weights_in_pieces_have_no_average(kind: DistributedType, stage: int | None, refused: bool) -> None:
+    plugin = SimpleNamespace(zero_stage=stage) if stage else None
+    accelerator: Any = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match="--ema: not under ZeRO-3 or FSDP") if refused else nullcontext():
+        launch.check_whole(accelerator)
+
+
 # ---- which weights, and at which size
 
 
@@ -206,6 +238,20 @@ def test_the_best_or_the_last_weights_are_kept(
     last = load_file(run / "checkpoints" / "step-12" / "model.safetensors")
     found = load_file(run / "model.safetensors")
     assert all(torch.equal(last[name], tensor) for name, tensor in found.items()) == (keep == "last")
+
+
+# ---- what pre-training shares
+
+
+@pytest.mark.parametrize("setting", ["color-jitter", "meta-jitter-km", "meta-jitter-days"])
+def test_pre_training_moves_colours_and_places_too(setting: str, tiny_shards: Path, tmp_path: Path) -> None:
+    """The first loss, before any weight has moved, is another one."""
+    settings = (*training.VIT, *training.EVERY_STEP, "--batch-size", "48", "--epochs", "1")
+    argv = ["demo", "--shards", tiny_shards, *settings]
+    assert training.run(pretrain.main, [*argv, "--out", tmp_path / "plain"]) == 0
+    assert training.run(pretrain.main, [*argv, "--out", tmp_path / "moved", f"--{setting}", "1"]) == 0
+    plain, moved = (training.lines(tmp_path / name, "train")[0]["total"] for name in ("plain", "moved"))
+    assert plain != moved
 
 
 # ---- metadata as channels

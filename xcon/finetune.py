@@ -78,10 +78,6 @@ def train() -> None:
     set_seed(cfg.seed)
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
         towers = start.make_towers(cfg, begun)
-    if open_run(cfg, accelerator, **facts):
-        accelerator.print(f"{cfg.out}: this run is complete")
-        launch.finish(accelerator)
-        return
     spec = ModelSpec(
         kind="classifier", method=facts["init_method"],
         embed_dim=next(iter(towers.values())).projection.out_features,
@@ -113,6 +109,10 @@ def train() -> None:
     # Optimiser
     rates = {"image": cfg.image_lr, "meta": cfg.meta_lr, "head": cfg.head_lr}
     optimizer = optim.make_optimizer(network, rates, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay)
+    if open_run(cfg, accelerator, **facts):  # now that all settings are known to fit
+        accelerator.print(f"{cfg.out}: this run is complete")
+        launch.finish(accelerator)
+        return
     average = ModelEmaV3(network, decay=cfg.ema, use_warmup=True) if cfg.ema else None
     set_seed(cfg.seed, device_specific=True)
     wrapped, optimizer = launch.prepare(accelerator, network, optimizer)
