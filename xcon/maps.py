@@ -88,7 +88,7 @@ def held_constant(network: Classifier, spec: ModelSpec, photo: Path | None) -> d
         FileNotFoundError: no such photograph.
         ValueError: the run sees no metadata, the photograph is missing or not wanted, or does not decode.
     """
-    if "meta" not in network.modalities:
+    if not spec.with_meta:
         raise ValueError("this run sees photographs only, all places are alike to it; one with meta is needed")
     if (spec.image is None) != (photo is None):
         raise ValueError(f"--image: this run sees {'no photograph' if photo else 'a photograph, name one'}")

@@ -109,6 +109,11 @@ class ModelSpec:
     coordinates: str = COORDINATES
 
     @property
+    def with_meta(self) -> bool:
+        """Whether place and date go in, to an encoder of their own or as channels of the photograph."""
+        return self.meta is not None or (self.image is not None and self.image.places is not None)
+
+    @property
     def raw_class_ids(self) -> list[int | str]:
         """The source's class ids in order of class id."""
         return [c["raw_class_id"] for c in self.classes]
