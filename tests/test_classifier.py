@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xcon import classifier, encoders, model
-from xcon.classifier import Concatenation, Product
+from xcon import classifier, encoders, evaluation, model
+from xcon.classifier import Channels, Concatenation, Product, Similarity
+from xcon.config import MetaEncoding
 from xcon.encoders import MetaEncoder, MetaSpec
 from xcon.model import ModelSpec, Tower
 
@@ -214,6 +215,116 @@ def test_a_saved_product_comes_back(tmp_path: Path) -> None:
     assert isinstance(again, Product)
     assert (again.doubt.item(), again.sharpness.item()) == (0.25, 1.5)
     torch.testing.assert_close(again.log_prior.exp(), prior)
+    assert torch.equal(again.score(batch), made.score(batch))
+
+
+def test_a_product_trained_jointly_by_hand() -> None:
+    """In training there is Bayes' posterior too, whatever the sharpness; elsewhere only the experts."""
+    torch.manual_seed(3)
+    made = Product(towers(), embed_dim=6, hidden=5, prior=torch.tensor([0.5, 0.5]), doubt=0.5, joint=True)
+    made.sharpness.fill_(7.0)
+    found = made.trained({"image": IMAGE, "meta": META})
+    expected = torch.tensor([0.6 * 0.7, 0.4 * 1.3])
+    torch.testing.assert_close(found["joint"].softmax(dim=1)[0], expected / expected.sum())
+    assert list(made.eval().trained({"image": IMAGE, "meta": META})) == ["image", "meta"]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Heads that begin as captions
+
+
+def test_similarities_by_hand() -> None:
+    """(3, 4) has the direction (0.6, 0.8); class vectors (10, 0) and (0, 5) give 6 and 4, whatever its length."""
+    head = Similarity(2, 2, dropout=0.0)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[10.0, 0.0], [0.0, 5.0]]))
+    torch.testing.assert_close(head(torch.tensor([[3.0, 4.0], [300.0, 400.0]])), torch.tensor([[6.0, 4.0]] * 2))
+
+
+def test_heads_begin_as_captions_and_learn() -> None:
+    """Of three classes in four dimensions; the experts are the softmax of unit vectors times captions."""
+    torch.manual_seed(5)
+    made = Product(towers(), embed_dim=6, hidden=None, prior=torch.ones(3) / 3, doubt=0.1).eval()
+    captions = torch.randn(3, 6) * 4
+    made.begin_as(captions)
+    batch = {"image": photos(), "meta": PLACES}
+    found = made(batch)
+    for modality, x in batch.items():
+        z = made.towers[modality](x)
+        expected = (z / z.norm(dim=1, keepdim=True) @ captions.T).log_softmax(dim=1)
+        known = [0, 2, 3]  # row 1 has no metadata
+        torch.testing.assert_close(found[modality][known], expected[known])
+    sum(scores[:, 0].sum() for scores in found.values()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in made.heads.parameters())
+
+
+def test_a_saved_product_that_began_as_captions_comes_back(tmp_path: Path) -> None:
+    made = Product(towers(), embed_dim=6, hidden=None, prior=torch.ones(3) / 3, doubt=0.0).eval()
+    made.begin_as(torch.arange(18.0).view(3, 6) / 18)
+    spec = ModelSpec(
+        kind="classifier", method="test", embed_dim=6, hidden=None, classes=CLASSES, shards_sha256="0" * 64,
+        fusion="product", **model.specs_of(made.towers),
+    )  # fmt: skip
+    model.save(tmp_path, spec, model.weights_to_bytes(made.state_dict()))
+    again, _ = classifier.load(tmp_path)
+    batch = {"image": photos(), "meta": PLACES}
+    assert torch.equal(again.score(batch), made.score(batch))
+
+
+# --------------------------------------------------------------------------------------------------------
+# Metadata as channels of the photograph
+
+
+def channels(places: MetaEncoding = "wrap") -> Channels:
+    torch.manual_seed(7)
+    image = encoders.build_image("test_resnet", {}, weights="none", size=32, places=places)
+    made = Channels({"image": Tower(image, 6)}, embed_dim=6, hidden=5, classes=3)
+    with torch.no_grad():  # as after training: the channels say something
+        image.network.conv1[0].weight[:, 3:].normal_()
+    return made.eval()
+
+
+def test_channels_are_seen_together_with_the_photograph() -> None:
+    """By parts or by hand; of the same photograph, other places give other scores."""
+    made = channels()
+    tower = made.towers["image"]
+    expected = made.head(tower.projection(tower.encoder(photos(), PLACES)))
+    assert made.modalities == ("image", "meta")
+    torch.testing.assert_close(made.score({"image": photos(), "meta": PLACES}), expected)
+    one = photos()[:1].expand(70, -1, -1, -1)  # more than are evaluated at once
+    places = PLACES[:1].repeat(70, 1)
+    places[69] = PLACES[3]
+    kept = {"image": made.embed("image", one), "meta": made.embed("meta", places)}
+    found = made.classify(kept)
+    torch.testing.assert_close(found[:69], found[:1].expand(69, -1))
+    assert not torch.allclose(found[69], found[0])
+
+
+def test_controls_of_a_model_with_channels() -> None:
+    """Its own places, none, and those of others, each as if the model had been given them."""
+    made = channels("xyz")
+    batch = {"image": photos(), "meta": PLACES, "index": torch.arange(4)}
+    others = PLACES.flip(0)
+    found = evaluation.with_controls(made, batch, others)
+    for name, places in {
+        "scores": PLACES, "without_meta": torch.full_like(PLACES, NAN), "shuffled_meta": others,
+    }.items():  # fmt: skip
+        expected = made.score({"image": photos(), "meta": places}).softmax(dim=1)
+        torch.testing.assert_close(found[name], expected)
+    assert not torch.allclose(found["scores"], found["without_meta"])
+
+
+def test_a_saved_model_with_channels_comes_back(tmp_path: Path) -> None:
+    made = channels("sphere2vec")
+    spec = ModelSpec(
+        kind="classifier", method="", embed_dim=6, hidden=5, classes=CLASSES, shards_sha256="0" * 64,
+        fusion="channels", **model.specs_of(made.towers),
+    )  # fmt: skip
+    model.save(tmp_path, spec, model.weights_to_bytes(made.state_dict()))
+    again, found = classifier.load(tmp_path)
+    assert found.image is not None
+    assert found.image.places == "sphere2vec"
+    batch = {"image": photos(), "meta": PLACES}
     assert torch.equal(again.score(batch), made.score(batch))
 
 

@@ -74,7 +74,7 @@ def test_supcon_is_two_views_of_photographs_at_a_fixed_temperature() -> None:
 @pytest.mark.parametrize("recipes", [PRETRAIN, FINETUNE])
 def test_every_recipe_says_its_command_and_what_comes_of_it(recipes: dict) -> None:
     for name, (text, _) in recipes.items():
-        command = re.search(r"Command: .*(pretrain|finetune)(?:\.py)? (\w+) --shards \S+ .*--out", text)
+        command = re.search(r"Command: .*(pretrain|finetune)(?:\.py)? ([\w-]+) --shards \S+ .*--out", text)
         assert command, name
         assert command[2] == name
         assert "Expected: " in text
@@ -316,3 +316,71 @@ def test_settings_of_text_are_unused_without_it(monkeypatch: pytest.MonkeyPatch,
     arguments = ["demo", "--shards", "s", "--out", "o", "--modalities", "image", "meta"]
     with pytest.raises(ValueError, match=f"{setting}: unused, --modalities is image meta"):
         parse(monkeypatch, PRETRAIN, *arguments, setting, "0.5")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(color_jitter=1.1), "--color-jitter 1.1: a strength in"),
+        (dict(meta_jitter_km=-1.0), "--meta-jitter-km -1.0: no negative number"),
+        (dict(mixup=-0.1), "--mixup -0.1: no negative number"),
+        (dict(mix_share=0.0), "--mix-share 0.0: a number in"),
+        (dict(layer_decay=1.2), "--layer-decay 1.2: a number in"),
+        (dict(ema=1.0), "--ema 1.0: a share in"),
+        (dict(late_size=448), "--late-size 448 --late-epochs 0: both are needed, or none"),
+        (dict(late_epochs=3), "--late-size 0 --late-epochs 3: both are needed, or none"),
+        (dict(late_size=448, late_epochs=5, epochs=5), "--late-epochs 5: fewer than --epochs 5"),
+        (dict(late_size=448, late_epochs=5, patience=2), "--patience 2: it would stop before --late-epochs"),
+        (dict(keep="last", patience=2), "--patience 2: it waits for the best, --keep is last"),
+        (dict(mixup=0.2, modalities=("meta",)), "--mixup: unused, --modalities is meta"),
+        (dict(layer_decay=0.8, modalities=("meta",)), "--layer-decay: unused, --modalities is meta"),
+        (dict(fusion="channels", modalities=("image",)), "--fusion channels: of two modalities"),
+        (dict(fusion="channels", init=Path("run")), "--init run: pre-trained networks take three channels"),
+        (dict(fusion="channels", joint=True), "--joint True: unused, --fusion is channels"),
+        (dict(head="captions"), "--head captions: unused, --fusion is concatenation"),
+        (dict(head="captions", fusion="product", meta_dropout=0.0), "--head captions: of a pre-trained run"),
+        (dict(joint=True, fusion="product", meta_dropout=0.0, cutmix=1.0), "--joint: a mixed photograph"),
+    ],
+)
+def test_what_fine_tuning_cannot_do_is_refused_by_name(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FinetuneConfig(shards=Path("s"), out=Path("o"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mix-share", "0.3"), "--mix-share: unused, neither --mixup nor --cutmix is given"),
+        (("--modalities", "image", "--meta-jitter-km", "9"), "--meta-jitter-km: unused, --modalities is image"),
+        (("--modalities", "meta", "--color-jitter", "0.2"), "--color-jitter: unused, --modalities is meta"),
+        (
+            ("--fusion", "channels", "--meta-lr", "0.1"),
+            "--meta-lr: unused, --fusion channels has no metadata encoder",
+        ),
+        (
+            (
+                *("--fusion", "product", "--meta-dropout", "0", "--init", "run"),
+                *("--head", "captions", "--hidden", "9"),
+            ),
+            "--hidden: unused, --head captions has no hidden layer",
+        ),
+    ],
+)
+def test_what_changes_nothing_is_refused(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(monkeypatch, FINETUNE, "demo", "--shards", "s", "--out", "o", *arguments)
+
+
+def test_inception_is_the_papers_baseline_with_and_without_metadata() -> None:
+    (text, image), (_, meta) = FINETUNE["inception"], FINETUNE["inception-meta"]
+    assert "76.61" in text
+    assert (image.image_backbone, image.image_size, image.batch_size, image.epochs) == (
+        "inception_v3",
+        299,
+        32,
+        200,
+    )
+    assert (image.modalities, image.fusion, image.init) == (("image",), "concatenation", None)
+    assert meta == dataclasses.replace(image, modalities=("image", "meta"), fusion="channels")

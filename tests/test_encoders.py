@@ -1,6 +1,7 @@
 """Encoders against timm's and transformers' own ways, and a residual block by hand."""
 
 import copy
+import dataclasses
 import json
 import math
 import typing
@@ -105,6 +106,54 @@ def test_without_metadata_in_the_file_timms_statistics_stay(tmp_path: Path) -> N
 def test_options_are_read_as_json_where_they_are_json() -> None:
     encoder = encoders.build_image("test_vit", {"img_size": "32", "global_pool": "avg"}, weights="none", size=32)
     assert encoder.spec.options == {"img_size": 32, "global_pool": "avg"}
+
+
+@pytest.mark.parametrize("encoding", ["wrap", "xyz"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "mobilenetv3_small_050"])
+def test_channels_of_metadata_say_nothing_at_first(backbone: str, encoding: MetaEncoding) -> None:
+    """The features are those of the photograph alone, whatever the place; then the channels learn."""
+    options = {"img_size": "32"} if backbone == "test_vit" else {}
+    torch.manual_seed(6)
+    plain = encoders.build_image(backbone, options, weights="none", size=32).eval()
+    torch.manual_seed(6)
+    wide = encoders.build_image(backbone, options, weights="none", size=32, places=encoding).eval()
+    photos, places = photographs(3, 32), torch.tensor([[10.0, 50.0, 0.3], [math.nan] * 3, [-70.0, 40.0, 0.9]])
+    torch.testing.assert_close(wide(photos, places), plain(photos), rtol=1e-5, atol=1e-6)
+    wide(photos, places).square().sum().backward()
+    assert without_gradient(wide) == []
+    first = next(p for p in wide.network.parameters() if p.ndim == 4 and p.shape[1] == wide.channels)
+    assert wide.channels == 3 + {"wrap": 6, "xyz": 5}[encoding]
+    assert first.grad is not None
+    assert first.grad[:, 3:].any()
+
+
+def test_channels_of_metadata_are_constant_over_the_photograph() -> None:
+    """Each is one feature of `geotime.encode`, and 0 where nothing is known."""
+    encoder = encoders.build_image("test_resnet", {}, weights="none", size=32, places="wrap")
+    seen: list[Tensor] = []
+    encoder.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    places = torch.tensor([[30.0, 15.0, 7 / 12], [math.nan] * 3])
+    encoder(photographs(2, 32), places)
+    root = math.sqrt(3) / 2
+    expected = torch.tensor([[0.5, 0.5, root, root, 0.5, root], [0.0] * 6])
+    torch.testing.assert_close(seen[0][:, 3:], expected[:, :, None, None].expand(-1, -1, 32, 32))
+
+
+def test_channels_of_metadata_leave_the_weights_of_a_file_as_they_are(weights: Path) -> None:
+    encoder = encoders.build_image("test_resnet", {}, weights=str(weights), size=48, places="wrap").eval()
+    plain = encoders.build_image("test_resnet", {}, weights=str(weights), size=48).eval()
+    photos, places = photographs(2, 48), torch.tensor([[10.0, 50.0, 0.3], [-70.0, 40.0, 0.9]])
+    torch.testing.assert_close(encoder(photos, places), plain(photos), rtol=1e-5, atol=1e-6)
+    assert encoder.spec == dataclasses.replace(plain.spec, places="wrap")
+    again = ImageEncoder(encoder.spec).eval()
+    again.load_state_dict(encoder.state_dict())
+    assert torch.equal(again(photos, places), encoder(photos, places))
+
+
+def test_a_network_that_takes_no_further_channels_is_refused() -> None:
+    """tresnet folds 4 x 4 pixels into channels before its first layer: their order would change."""
+    with pytest.raises(ValueError, match=r"--image-backbone tresnet_m: its .* takes no further channels"):
+        encoders.build_image("tresnet_m", {}, weights="none", size=64, places="wrap")
 
 
 def test_the_spec_rebuilds_the_encoder() -> None:

@@ -193,3 +193,55 @@ def test_harmonics_in_single_precision() -> None:
         atol=2e-5,
         rtol=0,
     )
+
+
+# ---- places moved at random
+
+
+def kilometres(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """`[N]` along great circles, by the haversine, for `[N, 2]` lon, lat each."""
+    (lon, lat), (lon_2, lat_2) = one.deg2rad().T, two.deg2rad().T
+    half = ((lat_2 - lat) / 2).sin() ** 2 + lat.cos() * lat_2.cos() * ((lon_2 - lon) / 2).sin() ** 2
+    return 2 * 6371 * half.sqrt().asin()
+
+
+@pytest.mark.parametrize("place", [(10.0, 50.0), (179.99, -16.5), (0.0, 90.0), (-70.0, -89.9)])
+def test_places_are_moved_by_a_normal_of_two_directions(place: tuple[float, float]) -> None:
+    """Squared distances have the mean 2 km^2 and its square for a variance; half of the places come north."""
+    torch.manual_seed(0)
+    here = torch.tensor([[*place, 0.5]]).expand(4000, 3)
+    there = geotime.moved(here, km=100.0, days=0.0)
+    squared = kilometres(here[:, :2].double(), there[:, :2]) ** 2
+    assert abs(squared.mean() - 20_000) < 4 * 20_000 / math.sqrt(4000)
+    assert abs((squared < 20_000 * math.log(2)).double().mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)  # the median
+    if abs(place[1]) < 80:
+        east = (there[:, 0] - place[0] + 180) % 360 - 180
+        for found in (east, there[:, 1] - place[1]):
+            assert abs((found > 0).double().mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
+    torch.testing.assert_close(there[:, 2], here[:, 2].double())
+
+
+def test_dates_are_moved_over_new_year() -> None:
+    torch.manual_seed(0)
+    here = torch.tensor([[10.0, 50.0, 0.99]]).expand(4000, 3)
+    there = geotime.moved(here, km=0.0, days=20.0)
+    days = ((there[:, 2] - 0.99 + 0.5) % 1 - 0.5) * 365.25
+    assert abs(days.mean()) < 4 * 20 / math.sqrt(4000)
+    assert days.std().item() == pytest.approx(20, rel=0.05)
+    assert (there[:, 2] < 0.5).any()
+    torch.testing.assert_close(there[:, :2], here[:, :2].double())
+
+
+@given(
+    st.floats(-180, 180), st.floats(-90, 90), st.floats(0, 1), st.floats(0, 30_000), st.floats(0, 1000),
+    st.sets(st.integers(0, 2)),
+)  # fmt: skip
+def test_moved_places_stay_in_range_and_unknown_ones_unknown(
+    lon: float, lat: float, date: float, km: float, days: float, unknown: set[int]
+) -> None:
+    here = torch.tensor([[lon, lat, date]], dtype=torch.float64)
+    here[:, list(unknown)] = NAN
+    there = geotime.moved(here, km=km, days=days)
+    assert torch.equal(there.isnan(), here.isnan())
+    low, high = torch.tensor([-180.0, -90.0, 0.0]), torch.tensor([180.0, 90.0, 1.0])
+    assert ((there >= low) & (there <= high) | there.isnan()).all()

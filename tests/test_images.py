@@ -228,3 +228,26 @@ def test_crops_follow_the_seed() -> None:
 
     assert torch.equal(crop(1), crop(1))
     assert not torch.equal(crop(1), crop(2))
+
+
+def test_colours_change_by_as_much_as_they_may() -> None:
+    """Of an even grey, contrast and saturation change nothing: 100 times a factor from 0.7 to 1.3 is left."""
+    transform = images.train_transform(spec(8), crop_scale=1.0, color_jitter=0.3)
+    torch.manual_seed(0)
+    grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    found = [transform(grey) for _ in range(400)]
+    assert all(len(f.unique()) == 1 for f in found)
+    values = [int(f[0, 0, 0]) for f in found]
+    assert 67 <= min(values) < 75  # each of the three changes rounds down
+    assert 125 < max(values) <= 130
+    assert abs(sum(values) / 400 - 100) < 4 * 17.3 / 20 + 1
+
+
+def test_colours_change_one_by_one() -> None:
+    """Contrast and saturation change too: two pixels of a photograph do not keep their ratio."""
+    transform = images.train_transform(spec(8), crop_scale=1.0, color_jitter=0.3)
+    photo = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    photo[0, :4] = 60
+    torch.manual_seed(1)
+    ratios = {round(float(f[0].min()) / float(f[0].max()), 2) for f in (transform(photo) for _ in range(20))}
+    assert len(ratios) > 5

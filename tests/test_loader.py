@@ -1,5 +1,6 @@
 """Batches against the tar itself, between workers, processes and interruptions; and damaged shard sets."""
 
+import dataclasses
 import io
 import json
 import math
@@ -181,6 +182,33 @@ def test_a_failing_photograph_leaves_the_generator_too(shards: ShardSet) -> None
     with pytest.raises(ValueError, match="no"):
         all_modalities(shards, transform=fail)[(0, 0, 1.0)]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_last_epochs_have_a_transform_of_their_own(shards: ShardSet) -> None:
+    """Of three epochs the last is larger; the first ones are as if there were no other."""
+    larger = images.train_transform(dataclasses.replace(SPEC, size=48), crop_scale=0.35)
+    records, plain = all_modalities(shards, late=(2, larger)), all_modalities(shards)
+    sides = [tuple(records[(epoch, 5, 1.0)]["image"].shape[1:]) for epoch in range(4)]
+    assert sides == [(32, 32), (32, 32), (48, 48), (48, 48)]
+    assert torch.equal(records[(1, 5, 1.0)]["image"], plain[(1, 5, 1.0)]["image"])
+    order = Order(96, 48, seed=0)  # two steps in an epoch
+    batches = make_loader(records, order, Share(), steps=range(3, 5))
+    assert [batch["image"].shape[2] for batch in batches] == [32, 48]
+
+
+def test_places_of_training_are_moved_record_by_record(shards: ShardSet) -> None:
+    """By the draws of the record and epoch; what was hidden or unknown stays so, and photographs do not change."""
+    split = shards.split("train")
+    still, moving = all_modalities(shards), all_modalities(shards, meta_jitter_km=50.0, meta_jitter_days=5.0)
+    index = int(np.flatnonzero(~np.isnan(split.place).any(axis=1))[0])
+    first, again, later = (moving[(epoch, index, 1.0)] for epoch in (0, 0, 1))
+    assert same(first, again)
+    assert not torch.equal(first["meta"], later["meta"])
+    assert torch.equal(first["image"], still[(0, index, 1.0)]["image"])
+    assert not torch.equal(first["meta"], still[(0, index, 1.0)]["meta"])
+    assert (first["meta"] - still[(0, index, 1.0)]["meta"]).abs().max() < 5  # degrees; 50 km are half of one
+    dropped = all_modalities(shards, meta_jitter_km=50.0, meta_dropout=0.999)
+    assert dropped[(0, index, 1.0)]["meta"].isnan().all()
 
 
 def test_metadata_is_hidden_in_its_share_of_records(shards: ShardSet) -> None:

@@ -89,6 +89,32 @@ def test_the_first_step_by_hand() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - rate * decay) + rate, msg=name)
 
 
+def test_layers_learn_less_the_lower_they_lie() -> None:
+    """test_resnet has a stem and four stages of a block each: five layers, the last one at the rate itself."""
+    module = contrastive()
+    optimizer = optim.make_optimizer(module, RATES, weight_decay=0.1, layer_decay=0.5)
+    settings = {id(p): (g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    prefix = "towers.image.encoder.network."
+    exponents = {"conv1": 4, "bn1": 4, "layer1": 3, "layer2": 2, "layer3": 1, "layer4": 0}
+    for name, parameter in module.named_parameters():
+        if name.startswith(prefix):
+            layer = name.removeprefix(prefix).split(".")[0]
+            rate = RATES["image"] * 0.5 ** exponents[layer]
+        else:
+            part = "meta" if name.startswith("towers.meta.encoder.") else "head"
+            rate = RATES[part]
+        assert settings[id(parameter)] == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
+
+
+def test_a_network_without_layers_is_refused() -> None:
+    module = nn.Module()
+    module.towers = nn.ModuleDict(
+        {"image": nn.ModuleDict({"encoder": nn.ModuleDict({"network": nn.Linear(2, 2)})})}
+    )
+    with pytest.raises(ValueError, match="--layer-decay: timm groups no layers of a Linear"):
+        optim.make_optimizer(module, RATES, weight_decay=0.0, layer_decay=0.5)
+
+
 def test_rates_are_set_from_the_peak_and_not_from_one_another() -> None:
     optimizer = optim.make_optimizer(contrastive(), RATES, weight_decay=0.0)
     for factor in (0.1, 0.5, 0.0, 1.0):

@@ -31,12 +31,19 @@ write, calls = saving.save, 0
 def dying(*arguments, **options):
     global calls
     calls += 1
-    if calls == 3 * 2 + 2:  # two files by this function for each checkpoint: model and optimiser
+    if calls == 3 * 3 + 2:  # three files by this function for each checkpoint: model, optimiser, average weights
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*arguments, **options)
 saving.save = dying
 finetune.main()
 """
+
+
+# All that is drawn at random in fine-tuning but dropout and hidden metadata, and the average weights.
+DRAWN = (
+    *("--mixup", "0.4", "--cutmix", "1", "--color-jitter", "0.2", "--ema", "0.9"),
+    *("--meta-jitter-km", "200", "--meta-jitter-days", "20"),
+)
 
 
 def command(shards: Path, run: Path, *more: str) -> list[str]:
@@ -110,8 +117,9 @@ def test_pretraining_killed_at_a_random_step(undisturbed: Path, tiny_shards: Pat
 def test_finetuning_killed_while_it_writes_a_checkpoint(
     undisturbed: Path, tiny_shards: Path, folder: Path
 ) -> None:
-    """With dropout and hidden metadata, whose draws must go on where they stopped."""
-    drawn = ("--dropout", "0.3", "--meta-dropout", "0.2", "--init", str(undisturbed), "--checkpoint-every", "3")
+    """With all that is drawn at random, which must go on where it stopped, and the average weights."""
+    drawn = (*DRAWN, "--dropout", "0.3", "--meta-dropout", "0.2", "--init", str(undisturbed))
+    drawn = (*drawn, "--checkpoint-every", "3")
     run, reference = folder / "killed-classifier", folder / "classifier"
     argv = command(tiny_shards, run, *drawn)
     killed(["-c", DIES_WHILE_SAVING, *argv], run, lambda: False)
@@ -130,7 +138,7 @@ def test_finetuning_killed_while_it_writes_a_checkpoint(
 def test_dropout_is_drawn(folder: Path, tiny_shards: Path, undisturbed: Path) -> None:
     """Else the test above would show less than it says."""
     argv = command(
-        tiny_shards, folder / "dry", "--init", str(undisturbed), "--epochs", "1", "--meta-dropout", "0.2"
+        tiny_shards, folder / "dry", *DRAWN, "--init", str(undisturbed), "--epochs", "1", "--meta-dropout", "0.2"
     )
     assert training.run(finetune.main, argv) == 0
     dry, wet = (training.lines(folder / name, "train")[0] for name in ("dry", "classifier"))

@@ -453,6 +453,39 @@ NETWORKS = [
     ),
 ]
 
+FINETUNING = [
+    Case(
+        "late size the network does not take",
+        "finetune",
+        lambda w: w.finetune(
+            *("--image-backbone", "vit_tiny_patch16_224", "--image-size", "224"),
+            *("--epochs", "2", "--late-size", "448", "--late-epochs", "1"),
+        ),
+        "--late-size 448: vit_tiny_patch16_224 refuses it (Input height (448) doesn't match model (224).)",
+    ),
+    Case(
+        "an odd row to mix",
+        "finetune",
+        lambda w: w.finetune("--mixup", "0.2", "--batch-size", "23"),
+        "each process mixes its 23 rows in pairs",
+    ),
+    Case(
+        "captions without text",
+        "finetune",
+        lambda w: w.finetune(
+            *("--fusion", "product", "--meta-dropout", "0", "--head", "captions", "--meta-encoding", "xyz"),
+            init="pretrained-other",
+        ),
+        "was pre-trained without text",
+    ),
+    Case(
+        "channels of a pre-trained network",
+        "finetune",
+        lambda w: w.finetune("--fusion", "channels", init="pretrained"),
+        "pre-trained networks take three channels; --fusion channels starts anew",
+    ),
+]
+
 LATER = [
     Case(
         "other species",
@@ -573,7 +606,7 @@ LATER = [
         "rivers",
     ),
 ]
-CASES = [*SHARDS, *USAGE, *OUT, *INIT, *NETWORKS, *LATER]
+CASES = [*SHARDS, *USAGE, *OUT, *INIT, *NETWORKS, *FINETUNING, *LATER]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.program}: {case.name}")

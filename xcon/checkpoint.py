@@ -44,6 +44,10 @@ class Position:
             return dataclasses.replace(self, best=score, best_step=self.step, since_best=0)
         return dataclasses.replace(self, since_best=self.since_best + 1)
 
+    def anew(self) -> "Position":
+        """The position without its best: what comes after is not compared with what came before."""
+        return Position(step=self.step)
+
     def exhausted(self, patience: int) -> bool:
         """Whether training stops early: `patience` validations, not 0, without a better result."""
         return 0 < patience <= self.since_best

@@ -1,4 +1,4 @@
-"""The classifiers on image and metadata: the paper's (section 3.2), and the one that Bayes' rule asks for."""
+"""The classifiers on image and metadata: the paper's two (sections 3.2 and 4.2), and the one of Bayes' rule."""
 
 import abc
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from xcon import geotime, model
 from xcon.model import ModelSpec, Tower
@@ -17,6 +17,7 @@ from xcon.model import ModelSpec, Tower
 # Legend: b rows, D width of an embedding, C classes, N held-out records.
 
 SHARPNESS = (math.log(0.05), math.log(20))  # where it is sought
+TOGETHER = 64  # photographs with channels of metadata that are evaluated at once; a map asks for thousands
 
 
 class Classifier(nn.Module):
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
         Returns:
             Name -> `[b, C]`.
         """
-        return self.trained({modality: self.embed(modality, inputs[modality]) for modality in self.towers})
+        return self.trained({modality: self.embed(modality, inputs[modality]) for modality in self.modalities})
 
     def classify(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """What `embed` gave of all modalities -> `[b, C]` class scores before the softmax, calibrated."""
@@ -134,6 +135,44 @@ class Concatenation(Classifier):
         return self.sharpness * trained["joint"]
 
 
+class Channels(Classifier):
+    """The image tower alone, whose network takes metadata as further channels of the photograph (section 4.2).
+
+    There is nothing to keep of one modality while the other one changes: `embed` gives back what it is given.
+
+    Args:
+        towers: `image`, with an encoder that takes places.
+        embed_dim: D.
+        hidden: width of the hidden layer.
+        classes: C.
+        dropout: before each of the two layers.
+    """
+
+    def __init__(
+        self, towers: Mapping[str, Tower], *, embed_dim: int, hidden: int, classes: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__(towers)
+        self.modalities = ("image", "meta")
+        self.head = two_layers(embed_dim, hidden, classes, dropout)
+
+    def embed(self, modality: str, x: Tensor) -> Tensor:
+        """Photographs or places, as they are."""
+        return x
+
+    def trained(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`joint`: the scores of photographs with their places."""
+        tower, photos, places = self.towers["image"], embeddings["image"], embeddings["meta"]
+        assert isinstance(tower, Tower)
+        together = len(photos) if self.training else TOGETHER
+        parts = zip(photos.split(together), places.split(together), strict=True)
+        vectors = [tower.projection(tower.encoder(*part)) for part in parts]  # [b, D] in parts
+        return {"joint": self.head(torch.cat(vectors))}
+
+    def combine(self, trained: Mapping[str, Tensor]) -> Tensor:
+        """The joint scores, sharpened."""
+        return self.sharpness * trained["joint"]
+
+
 class Product(Classifier):
     """An expert for the photograph and one for its metadata, each trained alone, and Bayes' rule between them.
 
@@ -149,21 +188,30 @@ class Product(Classifier):
     Args:
         towers: `image` and `meta`.
         embed_dim: D.
-        hidden: width of the hidden layers.
+        hidden: width of the hidden layers; None: the heads are similarities, which `begin_as` gives their start.
         prior: `[C]` p(y), the share of each class in training.
         doubt: in [0, 1).
-        dropout: before each of the two layers of both heads.
+        dropout: before each of the two layers of both heads, or before the similarities.
+        joint: whether the posterior is trained too, with a sharpness of 1.
     """
 
     log_prior: Tensor
     doubt: Tensor
 
     def __init__(
-        self, towers: Mapping[str, Tower], *, embed_dim: int, hidden: int, prior: Tensor, doubt: float,
-        dropout: float = 0.0,
+        self, towers: Mapping[str, Tower], *, embed_dim: int, hidden: int | None, prior: Tensor, doubt: float,
+        dropout: float = 0.0, joint: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(towers)
-        self.heads = nn.ModuleDict({m: two_layers(embed_dim, hidden, len(prior), dropout) for m in self.towers})
+        self.heads = nn.ModuleDict(
+            {
+                m: two_layers(embed_dim, hidden, len(prior), dropout)
+                if hidden
+                else Similarity(embed_dim, len(prior), dropout)
+                for m in self.towers
+            }
+        )
+        self.joint = joint
         self.register_buffer("log_prior", prior.float().log())
         self.register_buffer("doubt", torch.tensor([doubt]))
 
@@ -173,8 +221,9 @@ class Product(Classifier):
         return found if modality == "image" else torch.where(geotime.known(x)[:, None], found, self.log_prior)
 
     def trained(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`image` and `meta`, as they are."""
-        return dict(embeddings)
+        """`image` and `meta`, as they are; in training `joint` too where it is asked for."""
+        joint = {"joint": self._posterior(embeddings, 1.0)} if self.joint and self.training else {}
+        return {**embeddings, **joint}
 
     def experts(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`image` and `meta`, as they are: each is an expert."""
@@ -182,8 +231,36 @@ class Product(Classifier):
 
     def combine(self, trained: Mapping[str, Tensor]) -> Tensor:
         """The posterior, up to a constant for each row."""
-        ratio = (trained["meta"] - self.log_prior).exp()  # [b, C] p(y | meta) / p(y)
-        return self.sharpness * trained["image"] + (self.doubt + (1 - self.doubt) * ratio).log()
+        return self._posterior(trained, self.sharpness)
+
+    def _posterior(self, experts: Mapping[str, Tensor], sharpness: Tensor | float) -> Tensor:
+        ratio = (experts["meta"] - self.log_prior).exp()  # [b, C] p(y | meta) / p(y)
+        return sharpness * experts["image"] + (self.doubt + (1 - self.doubt) * ratio).log()
+
+    def begin_as(self, captions: Tensor) -> None:
+        """Has both heads start as similarities to `[C, D]` vectors of the captions, of whatever length."""
+        with torch.no_grad():
+            for head in self.heads.values():
+                assert isinstance(head, Similarity)
+                head.weight.copy_(captions)
+
+
+class Similarity(nn.Module):
+    """Scores by direction: `[b, D]` -> `[b, C]`, a unit vector times a trained vector for each class.
+
+    With the vectors of captions times 1 / temperature they are the scores of contrastive pre-training. For CLIP,
+    Wortsman et al. 2022 begin their fine-tuning so.
+    """
+
+    def __init__(self, width: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.weight = nn.Parameter(torch.zeros(classes, width))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """In float32: bf16 keeps eight bits of an angle."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return normalize(self.dropout(vectors).float(), dim=1) @ self.weight.T
 
 
 def two_layers(width: int, hidden: int, classes: int, dropout: float) -> nn.Sequential:
@@ -198,15 +275,18 @@ def two_layers(width: int, hidden: int, classes: int, dropout: float) -> nn.Sequ
 
 
 def build(
-    spec: ModelSpec, towers: Mapping[str, Tower], *, prior: Tensor, doubt: float = 0.0, dropout: float = 0.0
-) -> Classifier:
+    spec: ModelSpec, towers: Mapping[str, Tower], *, prior: Tensor, doubt: float = 0.0, dropout: float = 0.0,
+    joint: bool = False,
+) -> Classifier:  # fmt: skip
     """The classifier of a spec around towers; arguments as of `Concatenation` and `Product`."""
-    assert spec.hidden is not None
     if spec.fusion == "product":
         return Product(
-            towers, embed_dim=spec.embed_dim, hidden=spec.hidden, prior=prior, doubt=doubt, dropout=dropout
-        )
-    return Concatenation(towers, embed_dim=spec.embed_dim, hidden=spec.hidden, classes=len(prior), dropout=dropout)
+            towers, embed_dim=spec.embed_dim, hidden=spec.hidden, prior=prior, doubt=doubt, dropout=dropout,
+            joint=joint,
+        )  # fmt: skip
+    assert spec.hidden is not None
+    kind = {"concatenation": Concatenation, "channels": Channels}[spec.fusion]
+    return kind(towers, embed_dim=spec.embed_dim, hidden=spec.hidden, classes=len(prior), dropout=dropout)
 
 
 def class_shares(class_id: np.ndarray, classes: int) -> Tensor:

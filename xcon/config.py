@@ -19,9 +19,20 @@ from xcon.commandline import one_line_errors
 # What an image tower is where nothing else is said (paper, section 3.1, "Image Embedding").
 BACKBONE, WEIGHTS = "resnet50", "imagenet"
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Fusion = Literal["concatenation", "product"]
+Fusion = Literal["concatenation", "product", "channels"]
 MetaEncoding = Literal["wrap", "xyz", "fourier", "sphere2vec", "harmonics"]
 MODALITIES: tuple[Literal["image", "text", "meta"], ...] = ("image", "text", "meta")
+# Settings of the image that are not named after it.
+OF_THE_IMAGE = (
+    "crop_scale",
+    "color_jitter",
+    "mixup",
+    "cutmix",
+    "mix_share",
+    "layer_decay",
+    "late_size",
+    "late_epochs",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +55,12 @@ class TrainConfig:
     """Side of the square the network sees, in pixels."""
     crop_scale: float = 0.35
     """Smallest share of the photograph's area that a random crop keeps; 1.0 crops nothing."""
+    color_jitter: float = 0.0
+    """Strength in [0, 1] of random changes of brightness, contrast and saturation; 0: none."""
+    meta_jitter_km: float = 0.0
+    """Training places are moved at random, by a normal of so many km each to the east and north; 0: not at all."""
+    meta_jitter_days: float = 0.0
+    """Training dates are moved at random, by a normal of so many days; 0: not at all."""
     batch_size: int = 32
     """Records in one optimiser step, over all processes."""
     per_class: int = 0
@@ -107,6 +124,8 @@ class TrainConfig:
             "weight_decay",
             "workers",
             "per_class",
+            "meta_jitter_km",
+            "meta_jitter_days",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: no negative number is meant here")
@@ -114,6 +133,8 @@ class TrainConfig:
             raise ValueError(f"--per-class {self.per_class}: does not divide --batch-size {self.batch_size}")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"--crop-scale {self.crop_scale}: a share of the area in (0, 1] is needed")
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"--color-jitter {self.color_jitter}: a strength in [0, 1] is needed")
         if not self.clip_norm > 0:
             raise ValueError(f"--clip-norm {self.clip_norm}: a positive norm is needed")
         if len(set(self.modalities)) != len(self.modalities):
@@ -255,28 +276,108 @@ class FinetuneConfig(TrainConfig):
     meta_encoding: MetaEncoding | None = None
     """What the metadata encoder sees of a place, as in pre-training; none: that of --init, or wrap."""
     fusion: Fusion = "concatenation"
-    """concatenation: two layers on both embeddings (the paper). product: an expert for each, and Bayes' rule."""
+    """concatenation: two layers on both embeddings (the paper). product: an expert for each, and Bayes' rule.
+    channels: each feature of the metadata is a constant channel of the photograph (the paper's Inception)."""
     doubt: float = 0.0
     """Of a product: the probability that metadata is wrong; the higher, the less a wrong place can ruin."""
+    joint: bool = False
+    """Of a product: train its scores too, beside those of each expert."""
+    head: Literal["random", "captions"] = "random"
+    """Of a product: what each expert's scores start as. captions: the similarities to the captions of the classes
+    in --init, times its scale, so that nothing that pre-training learned is lost."""
+    mixup: float = 0.0
+    """Two photographs blended into one, in shares drawn from a beta distribution of this alpha; 0: none."""
+    cutmix: float = 0.0
+    """A patch of another photograph, its area drawn from a beta distribution of this alpha; 0: none."""
+    mix_share: float = 0.5
+    """Share of the photographs that mixup and cutmix change; metadata of those is hidden, but from an expert of
+    its own."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer of the image encoder to the one below it; 1: all alike."""
+    ema: float = 0.0
+    """Decay of the running average of the weights, which is what is evaluated and kept; 0: none. It rises to this
+    from 0, so that short runs profit too."""
+    late_size: int = 0
+    """Side of the square in pixels for the last --late-epochs, and of the model from then on."""
+    late_epochs: int = 0
+    """Last epochs at --late-size."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights are the result: those of the best held-out result, or the last."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
         super().__post_init__()
         if not self.modalities:
             raise ValueError("--modalities: at least one is needed")
-        for name in ("dropout", "label_smoothing", "meta_dropout", "doubt"):
+        for name in ("dropout", "label_smoothing", "meta_dropout", "doubt", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: a share in [0, 1) is needed")
+        for name in ("mix_share", "layer_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: a number in (0, 1] is needed")
+        for name in ("mixup", "cutmix"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: no negative number is meant here")
         if self.hidden < 1:
             raise ValueError(f"--hidden {self.hidden}: at least 1 is needed")
-        if self.fusion == "product" and len(self.modalities) < 2:
-            raise ValueError(f"--fusion product: of two modalities, --modalities is {' '.join(self.modalities)}")
+        self._check_fusion()
+        self._check_end()
+
+    def _check_fusion(self) -> None:
+        """Refuses what has no meaning for the way that image and metadata are joined."""
+        if self.fusion != "concatenation" and len(self.modalities) < 2:
+            raise ValueError(
+                f"--fusion {self.fusion}: of two modalities, --modalities is {' '.join(self.modalities)}"
+            )
         if self.fusion == "product" and self.meta_dropout:
             raise ValueError(
                 f"--meta-dropout {self.meta_dropout}: unused, each expert of --fusion product learns alone; give 0"
             )
-        if self.fusion != "product" and self.doubt:
-            raise ValueError(f"--doubt {self.doubt}: unused, --fusion is {self.fusion}")
+        if self.fusion == "channels" and self.init:
+            raise ValueError(
+                f"--init {self.init}: pre-trained networks take three channels; --fusion channels starts anew"
+            )
+        if self.fusion != "product":
+            for name, off in (("doubt", 0.0), ("joint", False), ("head", "random")):
+                if getattr(self, name) != off:
+                    raise ValueError(f"{flag(name)} {getattr(self, name)}: unused, --fusion is {self.fusion}")
+        if self.head == "captions" and not self.init:
+            raise ValueError("--head captions: of a pre-trained run, give --init")
+        if self.joint and self.mixes:
+            raise ValueError("--joint: a mixed photograph has no metadata to join; drop --mixup, --cutmix")
+
+    def _check_end(self) -> None:
+        """Refuses a late size, or a choice of weights, that contradicts other settings."""
+        of_the_image = {"mixup": 0.0, "cutmix": 0.0, "layer_decay": 1.0, "late_epochs": 0}
+        for name, off in of_the_image.items():
+            if "image" not in self.modalities and getattr(self, name) != off:
+                raise ValueError(f"{flag(name)}: unused, --modalities is {' '.join(self.modalities)}")
+        if (self.late_size > 0) != (self.late_epochs > 0) or min(self.late_size, self.late_epochs) < 0:
+            raise ValueError(
+                f"--late-size {self.late_size} --late-epochs {self.late_epochs}: both are needed, or none"
+            )
+        if self.late_epochs >= self.epochs:
+            raise ValueError(f"--late-epochs {self.late_epochs}: fewer than --epochs {self.epochs} are needed")
+        if self.late_epochs and self.patience:
+            raise ValueError(f"--patience {self.patience}: it would stop before --late-epochs; give 0")
+        if self.keep == "last" and self.patience:
+            raise ValueError(f"--patience {self.patience}: it waits for the best, --keep is last; give 0")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether photographs are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def unused(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, and why."""
+        found = {}
+        if self.head == "captions":
+            found["hidden"] = "--head captions has no hidden layer"
+        if self.fusion == "channels":
+            found["meta_lr"] = "--fusion channels has no metadata encoder, its channels learn with --image-lr"
+        if not self.mixes:
+            found["mix_share"] = "neither --mixup nor --cutmix is given"
+        return found
 
 
 def check_patience(settings: TrainConfig, *, validation: bool) -> None:
@@ -286,14 +387,18 @@ def check_patience(settings: TrainConfig, *, validation: bool) -> None:
 
 
 def check_used(settings: TrainConfig, recipe: TrainConfig) -> None:
-    """Raises ValueError where a setting of a modality was given that does not take part."""
+    """Raises ValueError where a setting was given that changes nothing, as of a modality that takes no part."""
+    unused = settings.unused() if isinstance(settings, FinetuneConfig) else {}
     for field in dataclasses.fields(settings):
-        modality = {"crop_scale": "image", "caption": "text"}.get(field.name, field.name.split("_")[0])
+        modality = "image" if field.name in OF_THE_IMAGE else field.name.split("_")[0]
+        modality = "text" if field.name == "caption" else modality
         given = getattr(settings, field.name) != getattr(recipe, field.name)
         if given and modality in MODALITIES and modality not in settings.modalities:
             raise ValueError(f"{flag(field.name)}: unused, --modalities is {' '.join(settings.modalities)}")
         if field.name == "text_lr" and given and isinstance(settings, PretrainConfig) and settings.text_frozen:
             raise ValueError("--text-lr: unused, --text-frozen keeps the text encoder as it is")
+        if given and field.name in unused:
+            raise ValueError(f"{flag(field.name)}: unused, {unused[field.name]}")
 
 
 Train = TypeVar("Train", bound=TrainConfig)
@@ -310,6 +415,9 @@ def flag(name: str) -> str:
 _DEMO: dict[str, Any] = dict(
     image_backbone="resnet10t", image_weights="none", image_size=64, batch_size=64, warmup_epochs=1.0,
     image_lr=2e-3, meta_lr=2e-3, head_lr=2e-3, weight_decay=1e-3, log_every=5,
+)  # fmt: skip
+_INCEPTION: dict[str, Any] = dict(
+    image_backbone="inception_v3", image_size=299, patience=20, checkpoint_every=1000,
 )  # fmt: skip
 _LAPTOP: dict[str, Any] = dict(
     image_backbone="mobilenetv2_100", image_size=128, batch_size=64, weight_decay=1e-3, log_every=5,
@@ -381,6 +489,22 @@ FINETUNE: dict[str, tuple[str, FinetuneConfig]] = {
         Command: accelerate launch xcon/finetune.py image --shards nabirds --init runs/clip --out runs/image
         Expected: 81.66 % in the paper's table for CLIP; not run by us.""",
         FinetuneConfig(modalities=("image",), patience=20, checkpoint_every=1000),
+    ),
+    "inception": (
+        """Section 4.2: "First, as a baseline, we trained the InceptionV3[18] model only using an image as an
+        input", batch 32, 200 epochs, at the network's own 299 px. Ours: ImageNet's weights, and the classifier of
+        recipe paper.
+        Command: accelerate launch xcon/finetune.py inception --shards nabirds --out runs/inception
+        Expected: 76.61 % in the paper; not run by us, it needs NABirds and a GPU.""",
+        FinetuneConfig(**_INCEPTION, modalities=("image",)),
+    ),
+    "inception-meta": (
+        """Section 4.2: "Then, we appended meta information as an extra channel on input", each of the six numbers
+        of the wrap encoding a channel of its own, constant over the photograph; all else as in inception. Ours:
+        the weights of those channels start at zero, and metadata is hidden from one record in ten.
+        Command: accelerate launch xcon/finetune.py inception-meta --shards nabirds --out runs/inception-meta
+        Expected: 77.56 % in the paper; not run by us, it needs NABirds and a GPU.""",
+        FinetuneConfig(**_INCEPTION, fusion="channels"),
     ),
     "laptop": (
         """Classification at a size for two cores; --modalities image for the image alone.

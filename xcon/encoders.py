@@ -32,6 +32,7 @@ from xcon.images import ImageSpec
 # Legend: b rows, H and W pixels, L tokens, F width of an encoder.
 
 SMALL_TEXT = "small-distilbert"
+COLOURS = 3  # channels of a photograph
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -39,7 +40,11 @@ SMALL_TEXT = "small-distilbert"
 
 
 class ImageEncoder(nn.Module):
-    """Any timm network without its classifier; it normalises uint8 pixels itself, on its device."""
+    """Any timm network without its classifier; it normalises pixels itself, on its device.
+
+    Where `spec.places` names an encoding, it takes metadata too: each feature is a channel of the photograph, the
+    same number at every pixel (paper, section 4.2, "we appended meta information as an extra channel on input").
+    """
 
     mean: Tensor
     std: Tensor
@@ -47,38 +52,49 @@ class ImageEncoder(nn.Module):
     def __init__(self, spec: ImageSpec, network: Any = None) -> None:
         super().__init__()
         self.spec = spec
-        network = network or _timm_network(spec.backbone, spec.options, pretrained=False)
+        self.channels = COLOURS + (geotime.width(spec.places) if spec.places else 0)
+        options = {**spec.options, "in_chans": self.channels} if spec.places else spec.options
+        network = network or _timm_network(spec.backbone, options, pretrained=False)
         self.network = network.to(memory_format=torch.channels_last)
         self.width = int(network.head_hidden_size)  # not num_features: some have a layer after the pooling
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(3, 1, 1), persistent=False)
-        self._check_size()
+        self.check_size(spec.size, "--image-size")
 
-    def _check_size(self) -> None:
-        """Raises ValueError where the network does not take photographs of this size: found out by trying."""
-        blank = torch.zeros(1, 3, self.spec.size, self.spec.size)
+    def check_size(self, size: int, setting: str) -> None:
+        """Raises ValueError where the network does not take photographs of a size: found out by trying."""
+        blank = torch.zeros(1, self.channels, size, size)
         self.network.eval()
         try:
             with torch.no_grad():
                 self.network(blank)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"--image-size {self.spec.size}: {self.spec.backbone} refuses it ({error})") from None
+            raise ValueError(f"{setting} {size}: {self.spec.backbone} refuses it ({error})") from None
         self.network.train()
 
-    def forward(self, photos: Tensor) -> Tensor:
+    def forward(self, photos: Tensor, places: Tensor | None = None) -> Tensor:
         """Features of photographs.
 
         Args:
-            photos: `[b, 3, H, W]` uint8.
+            photos: `[b, 3, H, W]` from 0 to 255, uint8 as a rule.
+            places: `[b, 3]` lon, lat in degrees, fraction of the year, where the network takes them; NaN where
+                unknown, which is 0 in its channels.
 
         Returns:
             `[b, F]`.
         """
         pixels = (photos.to(self.mean.dtype) - self.mean) / self.std  # [b, 3, H, W]
+        if self.spec.places:
+            assert places is not None
+            features = geotime.encode(places, self.spec.places).to(pixels.dtype)  # [b, W]
+            constant = features[:, :, None, None].expand(-1, -1, *pixels.shape[2:])
+            pixels = torch.cat([pixels, constant], dim=1)  # [b, 3 + W, H, W]
         return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
 
-def build_image(backbone: str, options: Mapping[str, str], *, weights: str, size: int) -> ImageEncoder:
+def build_image(
+    backbone: str, options: Mapping[str, str], *, weights: str, size: int, places: MetaEncoding | None = None
+) -> ImageEncoder:
     """Builds an image encoder.
 
     Args:
@@ -87,6 +103,8 @@ def build_image(backbone: str, options: Mapping[str, str], *, weights: str, size
         weights: `imagenet` (timm's own, from the hub or its cache), `none`, or a safetensors file. Where the
             file's metadata has `mean` and `std`, they are used instead of timm's.
         size: side of the square the network will see.
+        places: encoding of the metadata that it takes as channels. Their weights start at zero, so that it starts
+            as the network of the photograph alone.
 
     Raises:
         ValueError: no such network, an option it does not take, or weights that do not fit it.
@@ -99,8 +117,30 @@ def build_image(backbone: str, options: Mapping[str, str], *, weights: str, size
     if weights not in ("imagenet", "none"):
         metadata = _load_weights(network, Path(weights))
         mean, std = (_numbers(metadata.get(k)) or v for k, v in (("mean", mean), ("std", std)))
-    spec = ImageSpec(backbone, values, size, mean, std, facts["crop_pct"], facts["interpolation"])
-    return ImageEncoder(spec, network)
+    spec = ImageSpec(backbone, values, size, mean, std, facts["crop_pct"], facts["interpolation"], places)
+    if not places:
+        return ImageEncoder(spec, network)
+    encoder = ImageEncoder(spec)
+    _widen(encoder.network, network.state_dict(), backbone)
+    return encoder
+
+
+def _widen(network: nn.Module, colours: Mapping[str, Tensor], backbone: str) -> None:
+    """Loads weights of a network of three channels into one of more: zero for each channel beyond.
+
+    Raises:
+        ValueError: the networks differ in more than the channels that a first layer takes.
+    """
+    state = network.state_dict()
+    for name, theirs in colours.items():
+        ours = state[name]
+        if ours.shape == theirs.shape:
+            state[name] = theirs
+        elif theirs.ndim > 1 and ours[:, :COLOURS].shape == theirs.shape:
+            state[name] = torch.cat([theirs, torch.zeros_like(ours[:, COLOURS:])], dim=1)
+        else:
+            raise ValueError(f"--image-backbone {backbone}: its {name} takes no further channels")
+    network.load_state_dict(state)
 
 
 def _timm_network(backbone: str, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:

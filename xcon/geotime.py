@@ -15,6 +15,7 @@ from xcon.config import MetaEncoding
 
 OCTAVES = 6  # of fourier and sphere2vec: each frequency is twice the one before
 DEGREES = 10  # of harmonics: 0 to 9
+EARTH_KM, DAYS = 6371.0, 365.25  # radius; in a year
 
 
 def known(places: Tensor) -> Tensor:
@@ -27,6 +28,34 @@ def known(places: Tensor) -> Tensor:
         `[N]` bool.
     """
     return ~places.isnan().all(dim=-1)  # [N]
+
+
+def moved(places: Tensor, *, km: float, days: float) -> Tensor:
+    """Places and dates moved at random: what is trained on them is smoothed by a kernel of that width.
+
+    A place goes along a great circle, by a normal in the plane that touches the Earth there; a date past New Year
+    comes back at the other end. What is unknown stays so, and half a place stays as it is. Draws come from torch's
+    default generator.
+
+    Args:
+        places: `[N, 3]` lon, lat in degrees, fraction of the year; NaN where unknown.
+        km: standard deviation in each of two directions.
+        days: standard deviation.
+
+    Returns:
+        `[N, 3]` float64, longitudes in [-180, 180], latitudes in [-90, 90], dates in [0, 1].
+    """
+    places = places.double()
+    lon, lat = places[:, 0].deg2rad(), places[:, 1].deg2rad()
+    point = torch.stack([lat.cos() * lon.cos(), lat.cos() * lon.sin(), lat.sin()], dim=1)  # [N, 3]
+    drawn = torch.randn(point.shape, dtype=torch.float64)
+    across = (drawn - (drawn * point).sum(dim=1, keepdim=True) * point) * km / EARTH_KM  # [N, 3] radians
+    angle = across.norm(dim=1, keepdim=True)  # [N, 1]
+    x, y, z = (angle.cos() * point + torch.sinc(angle / math.pi) * across).unbind(dim=1)
+    there = torch.stack([torch.atan2(y, x), z.clamp(-1, 1).asin()], dim=1).rad2deg()  # [N, 2]
+    placed = ~there.isnan().any(dim=1, keepdim=True)
+    date = (places[:, 2:] + torch.randn(len(places), 1, dtype=torch.float64) * days / DAYS) % 1
+    return torch.cat([torch.where(placed, there, places[:, :2]), date], dim=1)
 
 
 def encode(places: Tensor, encoding: MetaEncoding) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 
+from xcon.config import MetaEncoding
 from xcon.records import UNREADABLE
 
 Transform = Callable[[Tensor], Tensor]
@@ -37,6 +38,8 @@ class ImageSpec:
         std: of the three channels.
         crop_pct: share of the shorter side kept at evaluation.
         interpolation: bicubic, bilinear or nearest.
+        places: encoding of place and date whose features it sees as constant channels beside the three colours;
+            None: it sees colours alone.
     """
 
     backbone: str
@@ -46,6 +49,7 @@ class ImageSpec:
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str
+    places: MetaEncoding | None = None
 
 
 def decode(data: bytes) -> Tensor:
@@ -95,14 +99,17 @@ def _pixels(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
 
 
-def train_transform(spec: ImageSpec, *, crop_scale: float) -> Transform:
+def train_transform(spec: ImageSpec, *, crop_scale: float, color_jitter: float = 0.0) -> Transform:
     """A random crop of at least `crop_scale` of the area, scaled to the network's size, flipped half of the time.
+
+    Then brightness, contrast and saturation are changed, each by a factor of its own.
 
     It draws from torch's default generator, which `loader` seeds for every record and epoch.
 
     Args:
         spec: of the network.
         crop_scale: smallest share of the area, in (0, 1]; at 1 the photograph is scaled without a crop.
+        color_jitter: s in [0, 1]; factors are drawn evenly from 1 - s to 1 + s. Hues stay, species differ by them.
     """
     size, mode = (spec.size, spec.size), InterpolationMode(spec.interpolation)
     resize = (
@@ -110,7 +117,8 @@ def train_transform(spec: ImageSpec, *, crop_scale: float) -> Transform:
         if crop_scale == 1
         else v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=mode, antialias=True)
     )
-    return v2.Compose([resize, v2.RandomHorizontalFlip()])
+    jitter = [v2.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
+    return v2.Compose([resize, v2.RandomHorizontalFlip(), *jitter])
 
 
 def eval_transform(spec: ImageSpec) -> Transform:

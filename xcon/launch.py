@@ -120,6 +120,13 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
     return accelerator.prepare(module, optimizer)
 
 
+def check_whole(accelerator: Accelerator) -> None:
+    """Raises ValueError where no process has all weights, to average them."""
+    plugin = accelerator.state.deepspeed_plugin
+    if accelerator.distributed_type == DistributedType.FSDP or (plugin and plugin.zero_stage == 3):
+        raise ValueError("--ema: not under ZeRO-3 or FSDP, which cut the weights in pieces; take DDP or ZeRO-2")
+
+
 def autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
     """Mixed precision for modules that are not prepared."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

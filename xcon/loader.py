@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xcon import images
 from xcon.config import MODALITIES
-from xcon.geotime import known
+from xcon.geotime import known, moved
 from xcon.images import Transform
 from xcon.sampler import Item, Order
 from xcon.shardset import Split
@@ -40,6 +40,8 @@ class Records(Dataset[Batch]):
         tokens: `[K, L]` token ids of the distinct captions; needed where text is delivered.
         meta_dropout: share of records whose metadata is hidden.
         views: times that each photograph is transformed; more than one are stacked, `[V, 3, S, S]`.
+        meta_jitter_km, meta_jitter_days: by how much places and dates are moved at random, `geotime.moved`.
+        late: an epoch, and the transform from it on.
         seed: of crops, flips and hidden metadata; every record and epoch has draws of its own, whatever
             process and worker it falls to.
     """
@@ -51,6 +53,9 @@ class Records(Dataset[Batch]):
     meta_dropout: float = 0.0
     views: int = 1
     seed: int = 0
+    meta_jitter_km: float = 0.0
+    meta_jitter_days: float = 0.0
+    late: tuple[int, Transform] | None = None
 
     def __getitem__(self, item: Item) -> Batch:
         """One record.
@@ -66,25 +71,33 @@ class Records(Dataset[Batch]):
         }
         with _draws_of(self.seed, epoch, index):
             if "image" in self.modalities:
-                record["image"] = self._photo(index)
+                record["image"] = self._photo(index, epoch)
             if "text" in self.modalities:
                 assert self.tokens is not None
                 record["text"] = self.tokens[self.split.caption[index]]
             if "meta" in self.modalities:
-                hidden = self.meta_dropout > 0 and torch.rand(()).item() < self.meta_dropout
-                place = np.full(3, math.nan) if hidden else self.split.place[index]
-                record["meta"] = torch.tensor(place, dtype=torch.float32)
+                record["meta"] = self._place(index)
         return record
 
-    def _photo(self, index: int) -> Tensor:
+    def _place(self, index: int) -> Tensor:
+        """`[3]`, hidden or moved by draws of its own."""
+        if self.meta_dropout > 0 and torch.rand(()).item() < self.meta_dropout:
+            return torch.full((3,), math.nan)
+        place = torch.tensor(self.split.place[index])
+        if self.meta_jitter_km > 0 or self.meta_jitter_days > 0:
+            place = moved(place[None], km=self.meta_jitter_km, days=self.meta_jitter_days)[0]
+        return place.float()
+
+    def _photo(self, index: int, epoch: int) -> Tensor:
         try:
             pixels = images.decode(self.split.photo(index))
         except ValueError as error:
             raise ValueError(f"{self.split.describe(index)}: {error}; xcon-shards verify lists all") from None
-        assert self.transform is not None
+        transform = self.late[1] if self.late and epoch >= self.late[0] else self.transform
+        assert transform is not None
         if self.views == 1:
-            return self.transform(pixels).contiguous()
-        return torch.stack([self.transform(pixels) for _ in range(self.views)])  # [V, 3, S, S]
+            return transform(pixels).contiguous()
+        return torch.stack([transform(pixels) for _ in range(self.views)])  # [V, 3, S, S]
 
 
 @contextlib.contextmanager
@@ -216,6 +229,12 @@ class _Batches:
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
     """All tensors of a batch on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def in_parts(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in equal parts, row by row."""
+    pieces = {name: rows.chunk(parts) for name, rows in batch.items()}
+    return [{name: piece[i] for name, piece in pieces.items()} for i in range(parts)]
 
 
 def present(rows: Batch) -> dict[str, Tensor]:

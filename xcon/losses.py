@@ -284,7 +284,7 @@ def share_of_cross_entropy(
 
     Args:
         logits: `[b, C]`.
-        labels: `[b]` class ids.
+        labels: `[b]` class ids, or `[b, C]` the shares of the classes.
         weight: `[b]`, 0 for rows that only fill up the batch.
         rows: real rows of the global batch.
         label_smoothing: share of the target spread over all classes.
@@ -302,14 +302,17 @@ def share_of_cross_entropies(
 
     Args:
         trained: what a classifier gave for training, name -> `[b, C]`.
-        batch: with `label` and `weight`, `[b]`.
+        batch: with `label` and `weight`, `[b]`, and for mixed photographs `target` `[b, C]`, the shares of their
+            classes. Metadata alone is not mixed.
         rows: real rows of the global batch.
         label_smoothing: share of the target spread over all classes.
     """
     labels, weight = batch["label"], batch["weight"]
-    smoothing = {name: 0.0 if name == "meta" else label_smoothing for name in trained}
+    mixed = batch.get("target", labels)
     each = [
-        share_of_cross_entropy(s, labels, weight, rows=rows, label_smoothing=smoothing[n])
-        for n, s in trained.items()
+        share_of_cross_entropy(s, labels, weight, rows=rows)
+        if name == "meta"
+        else share_of_cross_entropy(s, mixed, weight, rows=rows, label_smoothing=label_smoothing)
+        for name, s in trained.items()
     ]
     return torch.stack(each).sum()

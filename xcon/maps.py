@@ -82,13 +82,13 @@ def class_indices(names: Sequence[str], species: str) -> list[int]:
 
 
 def held_constant(network: Classifier, spec: ModelSpec, photo: Path | None) -> dict[str, Tensor]:
-    """Embeddings [1, D] of what a run sees beside place and date, computed once for the whole map.
+    """Embeddings [1, ...] of what a run sees beside place and date, computed once for the whole map.
 
     Raises:
         FileNotFoundError: no such photograph.
         ValueError: the run sees no metadata, the photograph is missing or not wanted, or does not decode.
     """
-    if spec.meta is None:
+    if not spec.with_meta:
         raise ValueError("this run sees photographs only, all places are alike to it; one with meta is needed")
     if (spec.image is None) != (photo is None):
         raise ValueError(f"--image: this run sees {'no photograph' if photo else 'a photograph, name one'}")
@@ -120,7 +120,7 @@ def species_probability(
 
     Args:
         network: the fine-tuned classifier, in evaluation mode.
-        held: modality -> embedding [1, D], as `held_constant` gives it.
+        held: modality -> embedding [1, ...], as `held_constant` gives it.
         classes: class ids that are this species; their probabilities are added.
         lon: [W], degrees.
         lat: [H], degrees.
@@ -135,7 +135,7 @@ def species_probability(
     places = torch.from_numpy(np.stack([lons, lats, days], axis=1)).float()  # [H * W, 3]
     found = []
     for part in places.split(batch):  # [b, 3]
-        embeddings = {modality: vector.expand(len(part), -1) for modality, vector in held.items()}
+        embeddings = {modality: vector.expand(len(part), *vector.shape[1:]) for modality, vector in held.items()}
         scores = network.classify({**embeddings, "meta": network.embed("meta", part)})  # [b, C]
         found.append(scores.softmax(dim=1)[:, list(classes)].sum(dim=1))
     return torch.cat(found).reshape(len(lat), len(lon)).numpy()

@@ -91,7 +91,8 @@ class ModelSpec:
         kind: contrastive or classifier.
         method: how it was pre-trained, for tables.
         embed_dim: width of the shared space.
-        hidden: width of the classifier's hidden layer; None for a contrastive model.
+        hidden: width of the classifier's hidden layer; None for a contrastive model, and for a classifier whose
+            heads began as captions.
         image, text, meta: the encoders' specs; None where the model has no such tower.
         classes: as on the card of the shard set, `records.ClassInfo` as dictionaries, in order of class id.
         shards_sha256: of the shard set it was trained on.
@@ -110,6 +111,11 @@ class ModelSpec:
     shards_sha256: str
     fusion: Fusion = "concatenation"
     coordinates: str = COORDINATES
+
+    @property
+    def with_meta(self) -> bool:
+        """Whether place and date go in, to an encoder of their own or as channels of the photograph."""
+        return self.meta is not None or (self.image is not None and self.image.places is not None)
 
     @property
     def raw_class_ids(self) -> list[int | str]:

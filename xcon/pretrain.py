@@ -81,12 +81,17 @@ def train() -> None:
         **model.specs_of(towers),
     )  # fmt: skip
     texts = text.inputs if text else None
-    crop = images.train_transform(spec.image, crop_scale=cfg.crop_scale) if spec.image else None
+    crop = None
+    if spec.image:
+        crop = images.train_transform(spec.image, crop_scale=cfg.crop_scale, color_jitter=cfg.color_jitter)
     shared = None
     if text and cfg.matching == "label" and shards.one_caption_per_class:
         shared = ClassCaptions(text.inputs[torch.from_numpy(shards.class_captions)], train_split.class_id)
     own = tuple(m for m in cfg.modalities if m != "text" or not shared)
-    records = Records(train_split, own, crop, texts, views=cfg.views, seed=cfg.seed)
+    records = Records(
+        train_split, own, crop, texts, views=cfg.views, seed=cfg.seed,
+        meta_jitter_km=cfg.meta_jitter_km, meta_jitter_days=cfg.meta_jitter_days,
+    )  # fmt: skip
     share = Share(accelerator.process_index, accelerator.num_processes, cfg.workers)
 
     # Optimiser
