@@ -9,6 +9,7 @@ COMMANDS = {
     "predict": "xcon.predict",
     "report": "xcon.report",
     "map": "xcon.maps",
+    "reproduce": "xcon.reproduce",
     "demo": "xcon.demo",
 }
 

@@ -295,14 +295,22 @@ def class_shares(class_id: np.ndarray, classes: int) -> Tensor:
     return counts / counts.sum()
 
 
-def load(run: Path) -> tuple[Classifier, ModelSpec]:
+def load(run: Path, *, doubt: float | None = None) -> tuple[Classifier, ModelSpec]:
     """The fine-tuned model of a run, in evaluation mode.
 
+    Args:
+        run: the run folder.
+        doubt: of a product, in place of its own.
+
     Raises:
-        FileNotFoundError, ValueError: as `model.load_spec` and `model.load_weights`.
+        FileNotFoundError, ValueError: as `model.load_spec` and `model.load_weights`; a doubt and no product.
     """
     spec = model.load_spec(run, kind="classifier")
     blank = torch.ones(len(spec.classes))  # the prior comes with the weights, as the doubt does
     classifier = build(spec, model.build_towers(spec), prior=blank)
     model.load_weights(run, classifier)
+    if doubt is not None:
+        if not isinstance(classifier, Product):
+            raise ValueError(f"--doubt {doubt}: unused, {run} has --fusion {spec.fusion}")
+        classifier.doubt.fill_(doubt)
     return classifier.eval(), spec

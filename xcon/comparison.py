@@ -91,24 +91,24 @@ def compare(
     folders: Sequence[Path],
     *,
     resamples: int,
-    names: Mapping[Path, str] | None = None,
-    labels: Mapping[Path, str] | None = None,
+    names: Sequence[str | None] | None = None,
+    labels: Sequence[str] | None = None,
     baseline: Baseline = "first",
 ) -> dict[str, Any]:
     """The whole comparison as plain values, ready for JSON.
 
     Args:
-        folders: of the runs.
+        folders: of the runs; one may come twice, with two evaluations.
         resamples: of the paired bootstrap.
-        names: of the evaluation of a folder, as `xcon predict --name` has it; else it is that of the test split.
-        labels: of all folders; those of one label make one row. None: runs that differ only in their seed do.
+        names: of the evaluation in each folder, as `xcon predict --name` has it; None: that of the test split.
+        labels: of each folder; those of one label make one row. None: runs that differ only in their seed do.
         baseline: first: each row is compared with the first. last: the last row is compared with each other one.
 
     Raises:
         FileNotFoundError: a folder is missing or not evaluated.
         ValueError: damaged files, runs tested on different images, or the same run twice.
     """
-    runs = [load(folder, (names or {}).get(folder)) for folder in folders]
+    runs = [load(folder, name) for folder, name in zip(folders, names or [None] * len(folders), strict=True)]
     check_same_test(runs)
     table = group(runs) if labels is None else group_by_label(runs, labels)
     first, summaries = runs[0].metrics, [summary(row) for row in table]
@@ -203,15 +203,15 @@ def check_same_test(runs: Sequence[Run]) -> None:
             raise ValueError(f"{run.folder}: other test images or labels than in {first.folder}")
 
 
-def group_by_label(runs: Sequence[Run], labels: Mapping[Path, str]) -> list[Row]:
+def group_by_label(runs: Sequence[Run], labels: Sequence[str]) -> list[Row]:
     """Makes rows of the runs of one label, in the order given.
 
     Raises:
         ValueError: two runs of one row have the same seed.
     """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(labels[run.folder], []).append(run)
+    for run, label in zip(runs, labels, strict=True):
+        groups.setdefault(label, []).append(run)
     _check_seeds(groups.values())
     return [Row(label, tuple(members)) for label, members in groups.items()]
 

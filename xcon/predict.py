@@ -60,6 +60,8 @@ class Settings:
     """Split of the shard set; test where none is given."""
     name: str | None = None
     """What to call the results, as of other shards: RUN/predictions-NAME.parquet and RUN/metrics-NAME.json."""
+    doubt: float | None = None
+    """Of a product, in place of that of training: the probability that a place is wrong; 0 trusts all of them."""
     lon: float | None = None
     """Degrees east of the photographs."""
     lat: float | None = None
@@ -91,6 +93,8 @@ class Settings:
             raise ValueError("--lon, --lat, --date and --top are for photographs; a shard set has its own places")
         if self.files and (self.split or self.name):
             raise ValueError("--split and --name are for a shard set; photographs have none")
+        if self.doubt is not None and not 0 <= self.doubt < 1:
+            raise ValueError(f"--doubt {self.doubt}: a share in [0, 1) is needed")
         if self.name in records.SPLITS:
             raise ValueError(f"--name {self.name}: results of that split are called so, take another name")
         if self.name is not None:
@@ -129,7 +133,7 @@ def predict() -> None:
 
 def evaluate(settings: Settings, shards: ShardSet, accelerator: Accelerator) -> None:
     """Scores with the records' own metadata, without, and with that of other records; writes both files."""
-    network, spec = classifier.load(settings.run)
+    network, spec = classifier.load(settings.run, doubt=settings.doubt)
     network.to(accelerator.device)
     evaluation.check_classes(settings.run, spec, shards)
     split = shards.split(settings.split or "test")
@@ -154,6 +158,8 @@ def evaluate(settings: Settings, shards: ShardSet, accelerator: Accelerator) -> 
 
 def evaluate_pretrained(settings: Settings, shards: ShardSet, accelerator: Accelerator) -> None:
     """What a pre-trained run knows: zero-shot by captions, linear probes, nearest neighbours, retrieval."""
+    if settings.doubt is not None:
+        raise ValueError(f"--doubt {settings.doubt}: unused, {settings.run} is pre-trained only")
     towers, spec = pretrained.load(settings.run, accelerator.device)
     evaluation.check_classes(settings.run, spec, shards)
     split = shards.split(settings.split or "test")
@@ -215,7 +221,7 @@ def tell(split: Split, accelerator: Accelerator, what: str) -> None:
 
 def rank(settings: Settings, accelerator: Accelerator) -> None:
     """The most probable classes of each photograph, on the terminal or in a file."""
-    network, spec = classifier.load(settings.run)
+    network, spec = classifier.load(settings.run, doubt=settings.doubt)
     network.to(accelerator.device)
     told = {"lon": settings.lon, "lat": settings.lat, "date": settings.date}
     if "meta" not in network.modalities and any(value is not None for value in told.values()):

@@ -29,7 +29,6 @@ FORMAT = "xcon-shards/1"
 # The paper's sentence, section 3.1, "Text Embedding". Fields: those of `ClassInfo.caption_fields`.
 PAPER_CAPTION = "This is a photograph of a bird called {name}"
 
-_IN_PARENTHESES = re.compile(r"(.*\S) ?\(([^()]*)\)")
 
 # What Pillow raises on a damaged file, by experience; its DecompressionBombError beside them.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
@@ -186,8 +185,7 @@ class ClassInfo:
             group of the hierarchy.
         """
         name = " ".join(self.name.split())
-        parts = _IN_PARENTHESES.fullmatch(name)
-        species, words = parts.groups() if parts else (name, "")
+        species, words = split_plumage(name)
         known = {
             "scientific_name": self.scientific_name,
             "family": self.hierarchy[0] if self.hierarchy else None,

@@ -49,7 +49,7 @@ class Settings:
 def run() -> None:
     """Reads the command line, compares, prints, writes."""
     settings = commandline.parse(Settings, PROGRAM)
-    names = dict.fromkeys(settings.runs, settings.name) if settings.name else None
+    names = [settings.name] * len(settings.runs)
     found = comparison.compare(
         settings.runs, resamples=settings.resamples, names=names, baseline=settings.baseline
     )

@@ -27,6 +27,10 @@ def resolved(cfg: FinetuneConfig, begun: ModelSpec | None) -> FinetuneConfig:
     if "meta" in cfg.modalities:
         encoding = begun.meta.encoding if begun and begun.meta else encoders.MetaSpec.encoding
         cfg = dataclasses.replace(cfg, meta_encoding=cfg.meta_encoding or encoding)
+    if cfg.fusion == "product" and cfg.head is None:
+        cfg = dataclasses.replace(cfg, head="captions" if begun and begun.text else "random")
+    if cfg.head == "captions" and cfg.hidden != FinetuneConfig.hidden:
+        raise ValueError(f"--hidden {cfg.hidden}: unused, --head captions has no hidden layer")
     if "image" not in cfg.modalities:
         return cfg
     backbone = begun.image.backbone if begun and begun.image else config.BACKBONE

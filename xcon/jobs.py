@@ -1,0 +1,100 @@
+"""Steps of a larger job: commands that are run as programs, in their order, several at once where they may be."""
+
+import concurrent.futures
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command that leaves a file behind when it is done.
+
+    Attributes:
+        name: of the step, and of its log.
+        command: words; the first is a program beside this Python.
+        done: the file.
+        after: names of the steps that must be done before.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    done: Path
+    after: tuple[str, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was done, by this run or an earlier one."""
+        return self.done.is_file()
+
+
+def run(steps: Sequence[Step], *, logs: Path, at_once: int, console: Console) -> None:
+    """Runs the steps that are not done.
+
+    Args:
+        steps: each after those that it waits for.
+        logs: a folder for what each prints.
+        at_once: how many at the same time; with several, each computes on its share of the cores.
+        console: gets a line when a step begins and when it ends.
+
+    Raises:
+        ValueError: one failed; those that were running have ended, no other was begun.
+    """
+    runner = _Runner(logs, at_once, console, total=sum(not step.is_done for step in steps))
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        waiting, running = list(steps), dict[concurrent.futures.Future[None], Step]()
+        ended: set[str] = set()
+        while waiting or running:
+            for step in [s for s in waiting if ended.issuperset(set(s.after) & {t.name for t in steps})]:
+                if len(running) < at_once:
+                    waiting.remove(step)
+                    running[pool.submit(runner.run, step)] = step
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                ended.add(running.pop(future).name)
+                future.result()
+
+
+class _Runner:
+    """Runs a step and tells of it."""
+
+    def __init__(self, logs: Path, at_once: int, console: Console, *, total: int) -> None:
+        self.logs, self.console, self.total = logs, console, total
+        self.begun = self.ended = 0
+        self.start = time.monotonic()
+        self.lock = threading.Lock()
+        threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if at_once > 1 else dict(os.environ)
+
+    def run(self, step: Step) -> None:
+        if step.is_done:
+            return
+        with self.lock:
+            self.begun += 1
+            self.console.print(f"[dim]{self.begun}/{self.total}[/dim] {step.name}")
+        log, begun = self.logs / f"{step.name}.log", time.monotonic()
+        program = Path(sys.executable).with_name(step.command[0])
+        with log.open("a", encoding="utf-8") as file:
+            done = subprocess.run(
+                [program, *step.command[1:]], check=False, env=self.environment, stdout=file, stderr=file
+            )
+        if done.returncode or not step.is_done:
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise ValueError(
+                f"{step.name} failed with exit status {done.returncode}: {' '.join(last)} (all of it in {log}); "
+                "what is done stays, the same command goes on"
+            )
+        with self.lock:
+            self.ended += 1
+            left = (time.monotonic() - self.start) / self.ended * (self.total - self.ended)
+            self.console.print(
+                f"[dim]{self.ended}/{self.total} done, {left / 60:.0f} min left[/dim] {step.name} in "
+                f"{time.monotonic() - begun:.0f} s"
+            )
