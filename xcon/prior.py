@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
-from xcon import commandline, config, evaluation, geoprior, geotime, launch, metrics, model
+from xcon import commandline, config, evaluation, geoprior, geotime, metrics, model
 from xcon.config import PriorConfig
 from xcon.encoders import MetaEncoder, MetaSpec
 from xcon.geoprior import Floats, Ints, PresencePrior, number_photographers
@@ -75,7 +75,9 @@ def run() -> None:
         "scores": geoprior.product(image, prior, shares, has_metadata(test.place)),
         "without_meta": image,
         "shuffled_meta": geoprior.product(image, scores_at(shuffled), shares, has_metadata(shuffled)),
-        "meta_only": geoprior.normalised(prior),
+        "meta_only": np.where(
+            has_metadata(test.place)[:, None], geoprior.normalised(prior), shares / shares.sum()
+        ),
     }
 
     # Results
@@ -215,12 +217,12 @@ def fit_network(cfg: PriorConfig, places: Floats, labels: Ints, users: np.ndarra
     torch.manual_seed(cfg.seed)
     rng, generator = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
     seen = users if cfg.kind == "geoprior" and cfg.photographers else np.full(len(users), None)
-    x, y, by = torch.from_numpy(places).float(), torch.from_numpy(labels), number_photographers(seen)
+    x, y = torch.from_numpy(places).float(), torch.from_numpy(labels)
+    by = torch.from_numpy(number_photographers(seen))
     spec = MetaSpec(cfg.meta_width, cfg.meta_depth, cfg.meta_encoding, cfg.dropout)
     network = PresencePrior(MetaEncoder(spec), classes=classes, photographers=int(by.max()) + 1).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.learning_rate)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, cfg.decay)
-    photographer = torch.from_numpy(by)
     with Tracker(cfg.out, step=0, total=cfg.epochs) as tracker:
         for epoch in range(1, cfg.epochs + 1):
             drawn = torch.from_numpy(geoprior.balanced_epoch(labels, cfg.per_class, rng))
@@ -229,13 +231,14 @@ def fit_network(cfg: PriorConfig, places: Floats, labels: Ints, users: np.ndarra
                 if cfg.kind == "softmax":
                     loss = cross_entropy(network(x[rows]), y[rows])
                 else:
-                    loss = geoprior.objective(network, x[rows], y[rows], photographer[rows], generator)
+                    loss = geoprior.objective(network, x[rows], y[rows], by[rows], generator)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
             schedule.step()
-            launch.check_finite(losses[-1], epoch)
+            if not np.isfinite(losses).all():
+                raise ValueError(f"the loss is {losses[-1]} in epoch {epoch}: lower --learning-rate")
             tracker.write("train", epoch, {"loss": float(np.mean(losses)), "records": len(drawn)})
             tracker.advance(epoch)
         tracker.write("end", cfg.epochs, {})
