@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from sklearn.neighbors import BallTree, KernelDensity
 
-from xcon import geoprior, prior
+from xcon import geoprior, geotime, prior
 from xcon.config import PriorConfig
 from xcon.encoders import MetaEncoder, MetaSpec
 
@@ -135,7 +135,7 @@ def test_dropout_is_that_of_the_reference_and_names_stay() -> None:
     torch.manual_seed(1)
     found = body.train()(places)
     torch.manual_seed(1)
-    x = without.first(places)
+    x = without.first(geotime.encode(places, "wrap"))
     first, second = without.blocks[0].layers[0], without.blocks[0].layers[2]
     kept = torch.nn.functional.dropout(first(x).relu(), 0.5)
     assert torch.equal(found, x + second(kept).relu())

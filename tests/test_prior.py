@@ -279,7 +279,11 @@ def test_wrong_folders(tiny_shards: Path, image_run: Path, tmp_path: Path, capsy
     out = tmp_path / "run"
     assert make("grid", tiny_shards, image_run, out) == 0
     capsys.readouterr()
-    refused(capsys, make("grid", tiny_shards, image_run, out, "--bands", "9"), "a run with other settings")
+    refused(
+        capsys,
+        make("grid", tiny_shards, image_run, out, "--bands", "9"),
+        "a run with other settings (bands was 36, now 9)",
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").touch()
     refused(capsys, make("grid", tiny_shards, image_run, tmp_path / "other"), "neither empty nor a run folder")

@@ -446,14 +446,15 @@ PRIOR: dict[str, tuple[str, PriorConfig]] = {
         """The geographic prior for a set of a thousand records: as geoprior, with as many steps by small batches.
         Multiplied: p(y|image) P(y|x).
         Command: xcon prior laptop --shards DIR --image-run RUN --out runs/laptop-prior
-        Expected: SOON""",
+        Expected: birds37 (1,036 records, 37 species): metadata alone 24.8 % top-1, cross-entropy 2.5; geoprior,
+        with its 60 steps there, 4.1 %.""",
         PriorConfig(epochs=60, batch_size=32, learning_rate=1e-3),
     ),
     "softmax": (
         """The simplest strong rival: the same network as a classifier of places and dates, by cross-entropy.
         Multiplied: p(y|image) p(y|x) / p(y), p(y) being the shares of the classes in its epochs (Bayes' rule).
         Command: xcon prior softmax --shards DIR --image-run RUN --out runs/softmax
-        Expected: SOON""",
+        Expected: birds37: metadata alone 26.6 %, cross-entropy 2.4.""",
         PriorConfig(kind="softmax", epochs=60, batch_size=64, learning_rate=1e-3),
     ),
     "frequency": (
@@ -467,21 +468,21 @@ PRIOR: dict[str, tuple[str, PriorConfig]] = {
         """The classes of the nearest training records in place and date.
         Multiplied: p(y|image) p(y|x) / p(y).
         Command: xcon prior neighbours --shards DIR --image-run RUN --out runs/neighbours
-        Expected: SOON""",
+        Expected: birds37: metadata alone 25.8 %. Settings by cross-validation on its training records.""",
         PriorConfig(kind="neighbours", smoothing=5.0),
     ),
     "kernel": (
         """A kernel density of each class's training records over the sphere and the year.
         Multiplied: p(y|image) p(x|y).
         Command: xcon prior kernel --shards DIR --image-run RUN --out runs/kernel
-        Expected: SOON""",
+        Expected: birds37: metadata alone 28.6 %, cross-entropy 2.3. Settings by cross-validation there.""",
         PriorConfig(kind="kernel"),
     ),
     "grid": (
         """A histogram of each class's training records over cells of equal area and parts of the year.
         Multiplied: p(y|image) p(x|y).
         Command: xcon prior grid --shards DIR --image-run RUN --out runs/grid
-        Expected: SOON""",
+        Expected: birds37: metadata alone 23.3 %, cross-entropy 2.5. Settings by cross-validation there.""",
         PriorConfig(kind="grid", smoothing=3.0),
     ),
 }

@@ -163,11 +163,12 @@ def open_run(cfg: PriorConfig, facts: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the folder holds something else, or a run with other settings.
     """
-    saved = cfg.out / "config.json"
-    text = cfg.to_json(**facts)
+    saved, text = cfg.out / "config.json", cfg.to_json(**facts)
     if saved.is_file():
-        if config.read_json(saved) | {"recipe": None} != json.loads(text) | {"recipe": None}:
-            raise ValueError(f"{cfg.out}: holds a run with other settings: choose another --out")
+        begun, free = config.read_json(saved), ("recipe", "shards", "out")  # shards are told by their hash
+        pairs = [(n, begun.get(n), v) for n, v in json.loads(text).items() if n not in free]
+        if changes := "; ".join(f"{n} was {old}, now {new}" for n, old, new in pairs if old != new):
+            raise ValueError(f"{cfg.out}: holds a run with other settings ({changes}): choose another --out")
     elif cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
         raise ValueError(f"{cfg.out}: neither empty nor a run folder: choose another --out")
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -202,13 +203,9 @@ def fit(
     if cfg.kind == "softmax":
         network = fit_network(cfg, places, labels, users, classes)
         return partial(geoprior.posterior, network), geoprior.epoch_shares(labels, classes, cfg.per_class)
-    rivals: dict[str, Callable[..., Floats]] = {
-        "neighbours": geoprior.neighbours,
-        "kernel": geoprior.kernel,
-        "grid": geoprior.grid,
-    }
+    rival: Callable[..., Floats] = getattr(geoprior, cfg.kind)  # neighbours, kernel or grid
     settings = {name: getattr(cfg, name) for name in cfg.USES[cfg.kind]}
-    return partial(rivals[cfg.kind], places, labels, shares, **settings), shares
+    return partial(rival, places, labels, shares, **settings), shares
 
 
 def fit_network(cfg: PriorConfig, places: Floats, labels: Ints, users: np.ndarray, classes: int) -> PresencePrior:
