@@ -296,3 +296,21 @@ def test_several_processes_are_refused(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(capsys, make("grid", tiny_shards, image_run, tmp_path / "run"), "one process is all it takes")
+
+
+def test_wrong_shard_sets(
+    tiny_shards: Path, moved: Path, image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    card = json.loads((moved / "dataset.json").read_text())
+    card["classes"][0]["raw_class_id"] = 1
+    (moved / "dataset.json").write_text(json.dumps(card))
+    status = make("grid", tiny_shards, image_run, tmp_path / "run", "--test-shards", moved)
+    refused(capsys, status, f"--test-shards {moved}: another class list")
+    for path in moved.glob("*.index.parquet"):
+        table = pq.read_table(path)
+        for name in ("lon", "lat", "date"):
+            unknown = [[math.nan] * len(table)]
+            table = table.set_column(table.schema.get_field_index(name), name, unknown)
+        pq.write_table(table, path)
+    status = make("grid", moved, image_run, tmp_path / "run")
+    refused(capsys, status, f"{moved}: no training record has a place or a date")
