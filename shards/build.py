@@ -264,7 +264,7 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def index_row(record: Record, text: str, *, offset: int, size: int) -> dict[str, Any]:
     """One row of an index, see `xcon.records.INDEX_COLUMNS`; `offset` is that of the JPEG's first byte."""
-    nan = float("nan")
+    nan, user = float("nan"), record.extra.get("user_id")
     return {
         "image_id": record.image_id,
         "offset": offset,
@@ -274,6 +274,7 @@ def index_row(record: Record, text: str, *, offset: int, size: int) -> dict[str,
         "lat": nan if record.lat is None else record.lat,
         "date": year_fraction(record.date),
         "caption": text,
+        "user_id": None if user is None else str(user),
     }
 
 

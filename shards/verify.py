@@ -19,7 +19,7 @@ from shards.build import SHARD_NAME, index_row
 from shards.photographs import fit
 from shards.plan import BrokenPhotographError
 from shards.progress import progress
-from xcon.records import INDEX_COLUMNS, SPLITS, Card, ClassInfo, Record, Shard, index_schema
+from xcon.records import INDEX_COLUMNS, LATER_COLUMNS, SPLITS, Card, ClassInfo, Record, Shard, index_schema
 
 _MEMBERS = ("jpg", "txt", "json")
 _ANY_SIZE = 1 << 30  # pixels: nothing is made smaller here
@@ -103,7 +103,9 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
-    if not table.schema.equals(index_schema()):
+    whole = index_schema()
+    earlier = pa.schema([field for field in whole if field.name not in LATER_COLUMNS])
+    if table.schema not in (whole, earlier):
         raise ValueError(f"{path}: its columns are not {', '.join(INDEX_COLUMNS)}")
     return table.to_pylist()
 
@@ -168,7 +170,8 @@ def _label_problems(classes: tuple[ClassInfo, ...], key: str, record: Record) ->
 
 
 def _row_problems(key: str, expected: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
-    for column, value in expected.items():
+    for column in row:  # one of an earlier version has fewer
+        value = expected[column]
         both_unknown = value != value and row[column] != row[column]  # noqa: PLR0124 (NaN)
         if row[column] != value and not both_unknown:
             yield f"{key}: index has {column} {row[column]!r}, the tar {value!r}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xcon import commandline, config
-from xcon.config import FINETUNE, PRETRAIN, FinetuneConfig, PretrainConfig
+from xcon.config import FINETUNE, PRETRAIN, PRIOR, FinetuneConfig, PretrainConfig
 
 # Section 4.2, word for word.
 SENTENCE = (
@@ -78,6 +78,23 @@ def test_every_recipe_says_its_command_and_what_comes_of_it(recipes: dict) -> No
         assert command, name
         assert command[2] == name
         assert "Expected: " in text
+
+
+def test_every_prior_says_what_is_multiplied_and_its_command() -> None:
+    for name, (text, _) in PRIOR.items():
+        command = re.search(r"Command: xcon prior (\w+) --shards \S+ --image-run \S+ --out", text)
+        assert command, name
+        assert command[1] == name
+        assert "Multiplied: p(y|image) " in text
+        assert "Expected: " in text
+
+
+def test_the_geographic_prior_has_the_numbers_of_its_source() -> None:
+    """Mac Aodha et al. 2019, section 4, and the width, depth, dropout and epoch of their code."""
+    recipe = PRIOR["geoprior"][1]
+    assert (recipe.batch_size, recipe.epochs, recipe.per_class) == (1024, 30, 100)
+    assert (recipe.learning_rate, recipe.decay, recipe.dropout) == (5e-4, 0.98, 0.5)
+    assert (recipe.meta_width, recipe.meta_depth, recipe.meta_encoding) == (256, 4, "wrap")
 
 
 # ---- the command line

@@ -7,6 +7,7 @@ COMMANDS = {
     "pretrain": "xcon.pretrain",
     "finetune": "xcon.finetune",
     "predict": "xcon.predict",
+    "prior": "xcon.prior",
     "report": "xcon.report",
     "map": "xcon.maps",
     "reproduce": "xcon.reproduce",

@@ -23,8 +23,9 @@ Baseline = Literal["first", "last"]
 
 MEASURES = ("top1", "top5", "mean_per_class", "ece")
 SAME_TEST = ("shards_sha256", "split", "label_space")
-# The runs of one row may differ in these: the seed, and what leaves every number as it is.
-NOT_SETTINGS = {"seed", "init", "recipe", *config.TrainConfig.MAY_CHANGE}
+# The runs of one row may differ in these: the seed, and what leaves every number as it is. The shards of a test
+# are told apart by their hash, and a run that a prior multiplies by its settings, as one that it starts from.
+NOT_SETTINGS = {"seed", "init", "image_run", "test_shards", "recipe", *config.TrainConfig.MAY_CHANGE}
 UPPER_BOUND = (
     "NABirds' places and dates are drawn from eBird given the true species, so results with metadata are an "
     "upper bound there."

@@ -397,18 +397,20 @@ def text_for(name: str, texts: Sequence[str], *, frozen: bool, device: torch.dev
 
 @dataclasses.dataclass(frozen=True)
 class MetaSpec:
-    """Attributes: width of the layers, number of hidden blocks, the encoding of places."""
+    """Attributes: width of the layers, number of hidden blocks, the encoding of places, dropout within a block."""
 
     width: int = 256
     depth: int = 4
     encoding: MetaEncoding = "wrap"
+    dropout: float = 0.0
 
 
 class MetaEncoder(nn.Module):
     """A residual multi-layer perceptron on sine-cosine signals (paper, section 3.1, "Meta Embedding").
 
-    The layers are those of Mac Aodha et al. 2019, without dropout: one linear layer, then `depth` blocks. On
-    spherical harmonics it is a network of sines instead, as in Russwurm et al. 2024.
+    The layers are those of Mac Aodha et al. 2019: one linear layer, then `depth` blocks, with their dropout in the
+    geographic prior alone. On spherical harmonics it is a network of sines instead, as in Russwurm et al. 2024,
+    without dropout.
     """
 
     def __init__(self, spec: MetaSpec) -> None:
@@ -421,7 +423,7 @@ class MetaEncoder(nn.Module):
             self.blocks = nn.Sequential(*(_Sine(spec.width, spec.width) for _ in range(spec.depth)))
         else:
             self.first = nn.Sequential(nn.Linear(geotime.width(spec.encoding), spec.width), nn.ReLU())
-            self.blocks = nn.Sequential(*(_Residual(spec.width) for _ in range(spec.depth)))
+            self.blocks = nn.Sequential(*(_Residual(spec.width, spec.dropout) for _ in range(spec.depth)))
 
     def forward(self, places: Tensor) -> Tensor:
         """Vectors of places and dates.
@@ -441,9 +443,11 @@ Encoder = ImageEncoder | TextEncoder | EncodedText | MetaEncoder
 
 
 class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        # ReLU and dropout as one, so that the linear layers have the same names in every saved model.
+        hidden = nn.Sequential(nn.ReLU(), nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Linear(width, width), hidden, nn.Linear(width, width), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)

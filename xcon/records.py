@@ -34,7 +34,7 @@ PAPER_CAPTION = "This is a photograph of a bird called {name}"
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
 # One row of an index: where the photograph lies in its tar, and all of the record that training needs.
-# `lon`, `lat` are degrees, `date` the fraction of the year; NaN where unknown.
+# `lon`, `lat` are degrees, `date` the fraction of the year; NaN where unknown. `user_id` is null where unknown.
 INDEX_COLUMNS = {
     "image_id": "string",
     "offset": "int64",
@@ -44,7 +44,10 @@ INDEX_COLUMNS = {
     "lat": "float64",
     "date": "float64",
     "caption": "string",
+    "user_id": "string",
 }
+# Columns that an index made by an earlier version lacks: unknown there.
+LATER_COLUMNS = ("user_id",)
 
 
 @dataclasses.dataclass(frozen=True)

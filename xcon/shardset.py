@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xcon import records
-from xcon.records import INDEX_COLUMNS, Card, index_schema
+from xcon.records import INDEX_COLUMNS, LATER_COLUMNS, Card, index_schema
 
 
 class ShardSet:
@@ -53,6 +53,7 @@ class ShardSet:
                 class_id=table["class_id"].to_numpy().astype(np.int64),
                 place=np.stack([table[c].to_numpy() for c in ("lon", "lat", "date")], axis=1),
                 caption=np.array([number[t] for t in table["caption"].to_pylist()], dtype=np.int64),
+                user_id=table["user_id"].to_numpy(),
             )
             for name, table in tables.items()
         }
@@ -107,6 +108,7 @@ class Split:
         class_id: `[N]`.
         place: `[N, 3]` lon, lat in degrees, fraction of the year; NaN where unknown.
         caption: `[N]` index into `ShardSet.captions`.
+        user_id: `[N]` strings, who made the observation; None where unknown.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Split:
     class_id: np.ndarray
     place: np.ndarray
     caption: np.ndarray
+    user_id: np.ndarray
     _maps: dict[int, mmap.mmap] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -153,13 +156,15 @@ def _read_indices(folder: Path, card: Card, split: str) -> pa.Table:
                 "build the shard set again"
             )
         try:
-            table = pq.read_table(index, columns=list(INDEX_COLUMNS))
+            earlier = set(LATER_COLUMNS) - set(pq.read_schema(index).names)
+            table = pq.read_table(index, columns=[c for c in INDEX_COLUMNS if c not in earlier])
         except (pa.ArrowInvalid, KeyError, OSError) as error:
             raise ValueError(f"{index}: not an index ({error}); build the shard set again") from None
         if table.num_rows != shard.samples:
             raise ValueError(f"{index}: {table.num_rows} records, the card says {shard.samples}")
         tables.append(table)
-    return pa.concat_tables(tables) if tables else index_schema().empty_table()
+    # What is missing in some is null there.
+    return pa.concat_tables([index_schema().empty_table(), *tables], promote_options="default")
 
 
 def _with_captions(table: pa.Table, texts: pa.Array) -> pa.Table:
