@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from xcon import commandline, config
-from xcon.config import FINETUNE, PRETRAIN, PRIOR, FinetuneConfig, PretrainConfig
+from xcon.config import FinetuneConfig, PretrainConfig
+from xcon.recipes import FINETUNE, PRETRAIN, PRIOR
 
 # Section 4.2, word for word.
 SENTENCE = (

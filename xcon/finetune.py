@@ -26,6 +26,7 @@ from xcon import (
     mixing,
     model,
     optim,
+    recipes,
     start,
 )
 from xcon.checkpoint import Checkpoints, open_run
@@ -49,7 +50,7 @@ def main() -> None:
 
 def train() -> None:
     """Parse, data, model, optimiser, resume, loop."""
-    recipe, cfg = config.parse_recipe(config.FINETUNE, "xcon finetune")
+    recipe, cfg = config.parse_recipe(recipes.FINETUNE, "xcon finetune")
     begun = model.load_spec(cfg.init, kind="contrastive") if cfg.init else None
     cfg = start.resolved(cfg, begun)
     accelerator = launch.make_accelerator(

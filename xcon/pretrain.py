@@ -23,6 +23,7 @@ from xcon import (
     launch,
     model,
     optim,
+    recipes,
 )
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.config import PretrainConfig
@@ -52,7 +53,7 @@ def main() -> None:
 
 def train() -> None:
     """Parse, data, model, optimiser, resume, loop."""
-    recipe, cfg = config.parse_recipe(config.PRETRAIN, "xcon pretrain")
+    recipe, cfg = config.parse_recipe(recipes.PRETRAIN, "xcon pretrain")
     cfg = resolved(cfg)
     accelerator = launch.make_accelerator(cfg.precision, batch_size=cfg.batch_size, clip_norm=cfg.clip_norm)
 

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
-from xcon import commandline, config, evaluation, geoprior, geotime, model, runfiles
+from xcon import commandline, config, evaluation, geoprior, geotime, model, recipes, runfiles
 from xcon.config import PriorConfig
 from xcon.encoders import MetaEncoder, MetaSpec
 from xcon.geoprior import Floats, Ints, PresencePrior, number_photographers
@@ -42,7 +42,7 @@ def main() -> None:
 
 def run() -> None:
     """Parse, data, prior, product, results."""
-    recipe, cfg = config.parse_recipe(config.PRIOR, PROGRAM)
+    recipe, cfg = config.parse_recipe(recipes.PRIOR, PROGRAM)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one process is all it takes: give the command without accelerate launch or torchrun")
 
