@@ -279,7 +279,7 @@ USAGE = [
         lambda w: w.pretrain("--accumulation-steps", "2"),
         "--accumulation-steps 2: refused for pre-training",
     ),
-    Case("negative rate", "pretrain", lambda w: w.pretrain("--image-lr", "-1"), "--image-lr -1.0: no negative"),
+    Case("negative rate", "pretrain", lambda w: w.pretrain("--image-lr", "-1"), "--image-lr -1.0: 0 or more"),
     Case("crop of more", "pretrain", lambda w: w.pretrain("--crop-scale", "2"), "--crop-scale 2.0: a share"),
     Case("too hot", "pretrain", lambda w: w.pretrain("--temperature", "0"), "--temperature 0.0: "),
     Case(
