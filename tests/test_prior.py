@@ -283,7 +283,7 @@ def test_wrong_folders(tiny_shards: Path, image_run: Path, tmp_path: Path, capsy
     refused(
         capsys,
         make("grid", tiny_shards, image_run, out, "--bands", "9"),
-        "a run with other settings (bands was 36, now 9)",
+        "a run with other settings (--bands was 36, now 9)",
     )
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").touch()

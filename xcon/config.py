@@ -29,13 +29,58 @@ OFF_WITHOUT_IMAGE = {"mixup": 0.0, "cutmix": 0.0, "layer_decay": 1.0, "late_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What pre-training and fine-tuning have in common."""
+class RunConfig:
+    """What the settings of every run have in common: they are saved with it, and it has a folder."""
 
     shards: Path = tyro.MISSING
     """Shard set to train on (a folder that xcon-shards build made)."""
     out: Path = tyro.MISSING
-    """Run folder; the same command given again resumes there."""
+    """Run folder; the same command given again goes on there, or makes the same run again."""
+
+    # Settings that a run taken up again may change: they leave every number of it as it is.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("shards", "out")
+
+    def to_json(self, **facts: Any) -> str:
+        """The resolved settings, and before them `facts` about the run that later steps read."""
+        return json.dumps({**facts, **dataclasses.asdict(self)}, indent=1, default=str) + "\n"
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What differs from a saved config, setting by setting, but for those that may change.
+
+        A setting that the saved config has not is younger than it, and was what it is by default.
+        """
+        mine = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        was = json.loads(json.dumps(defaults(type(self)), default=str)) | saved
+        names = [name for name in mine if name not in self.MAY_CHANGE]
+        return [f"{flag(n)} was {was[n]}, now {mine[n]}" for n in names if was[n] != mine[n]]
+
+    def begun(self, facts: Mapping[str, Any]) -> bool:
+        """Whether this very run was begun in its folder.
+
+        Args:
+            facts: as of `to_json`; all but the recipe's name must be those of the run begun.
+
+        Raises:
+            ValueError: the folder holds something else, or a run with other settings.
+        """
+        saved = self.out / "config.json"
+        if not saved.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise ValueError(f"{self.out}: neither empty nor a run folder: choose another --out")
+            return False
+        was = read_json(saved)
+        changes = [f"{n} was {was.get(n)}, now {v}" for n, v in facts.items() if n != "recipe" and was.get(n) != v]
+        if changes := [*changes, *self.differences(was)]:
+            raise ValueError(
+                f"{self.out}: holds a run with other settings ({'; '.join(changes)}): choose another --out"
+            )
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """What pre-training and fine-tuning have in common."""
+
     modalities: tuple[Literal["image", "text", "meta"], ...] = MODALITIES
     """Modalities that take part."""
     image_backbone: str | None = None
@@ -88,7 +133,6 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights, the order, the crops and the dropout."""
 
-    # Settings that a resumed run may change: they leave every number of the run as it is.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("shards", "out", "workers", "checkpoint_every")
 
     def __post_init__(self) -> None:
@@ -112,20 +156,6 @@ class TrainConfig:
     def unused(self) -> dict[str, str]:
         """Settings that change nothing beside the others, and why; here none."""
         return {}
-
-    def to_json(self, **facts: Any) -> str:
-        """The resolved settings, and before them `facts` about the run that later steps read."""
-        return json.dumps({**facts, **dataclasses.asdict(self)}, indent=1, default=str) + "\n"
-
-    def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """What differs from a saved config, setting by setting, but for those that may change.
-
-        A setting that the saved config has not is younger than it, and was what it is by default.
-        """
-        mine = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        was = json.loads(json.dumps(defaults(type(self)), default=str)) | saved
-        names = [name for name in mine if name not in self.MAY_CHANGE]
-        return [f"{flag(n)} was {was[n]}, now {mine[n]}" for n in names if was[n] != mine[n]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,15 +381,11 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PriorConfig:
+class PriorConfig(RunConfig):
     """A prior over the classes from place and date, times the scores of a run on images alone."""
 
-    shards: Path = tyro.MISSING
-    """Shard set whose training records the prior is fitted to."""
     image_run: Path = tyro.MISSING
     """Run on images alone, evaluated by xcon predict on the test split; its scores are what is multiplied."""
-    out: Path = tyro.MISSING
-    """Run folder; the same command given again makes the same run again."""
     test_shards: Path | None = None
     """Shard set whose places and dates the test photographs are given; none: --shards."""
     kind: tyro.conf.Suppress[PriorKind] = "geoprior"
@@ -437,10 +463,6 @@ class PriorConfig:
         for name in sorted(of_some - set(self.USES[self.kind])):
             if getattr(self, name) != getattr(recipe, name):
                 raise ValueError(f"{flag(name)}: unused, the prior is {self.kind}")
-
-    def to_json(self, **facts: Any) -> str:
-        """The resolved settings, and before them `facts` about the run that later steps read."""
-        return json.dumps({**facts, **dataclasses.asdict(self)}, indent=1, default=str) + "\n"
 
 
 def check_range(settings: object, *names: str, fits: Callable[[float], bool], needed: str) -> None:
@@ -529,7 +551,7 @@ def check_command(file: Path, program: str) -> None:
         raise ValueError(f"{file}: a config of {made_by}, here one of {program} is needed")
 
 
-def defaults(kind: type[TrainConfig] | type[PriorConfig]) -> dict[str, Any]:
+def defaults(kind: type[RunConfig]) -> dict[str, Any]:
     """The default of each setting; tyro.MISSING where it must be given."""
     return {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()

@@ -42,8 +42,8 @@ class Records(Dataset[Batch]):
         views: times that each photograph is transformed; more than one are stacked, `[V, 3, S, S]`.
         meta_jitter_km, meta_jitter_days: by how much places and dates are moved at random, `geotime.moved`.
         late: an epoch, and the transform from it on.
-        seed: of crops, flips, colours, hidden and moved metadata; every record and epoch has draws of its own, whatever
-            process and worker it falls to.
+        seed: of crops, flips, colours, hidden and moved metadata; every record and epoch has draws of its own,
+            whatever process and worker it falls to.
     """
 
     split: Split

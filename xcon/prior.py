@@ -9,9 +9,8 @@ With --test-shards the same photographs are given other places. One process, no 
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,10 @@ def run() -> None:
     image = image_scores(cfg.image_run, tested.folder, test, classes)  # [N, C]
     facts = {"command": "prior", "recipe": recipe, "init": str(cfg.image_run), "init_method": cfg.kind}
     facts |= {"modalities": ["image", "meta"], "shards_sha256": shards.card.sha256}
-    open_run(cfg, facts)
+    cfg.begun(facts)  # if it was, all of it is made again
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(cfg.out / "config.json") as file:
+        file.write(cfg.to_json(**facts).encode())
 
     # Prior
     scores_at, shares = fit(cfg, train.place[rows], train.class_id[rows], train.user_id[rows], classes)
@@ -145,25 +147,6 @@ def image_scores(folder: Path, shards: Path, test: Split, classes: int) -> Float
 def has_metadata(places: Floats) -> np.ndarray:
     """`geotime.known` for numpy."""
     return geotime.known(torch.from_numpy(places)).numpy()
-
-
-def open_run(cfg: PriorConfig, facts: Mapping[str, Any]) -> None:
-    """Makes the run folder with its `config.json`.
-
-    Raises:
-        ValueError: the folder holds something else, or a run with other settings.
-    """
-    saved, text = cfg.out / "config.json", cfg.to_json(**facts)
-    if saved.is_file():
-        begun, free = config.read_json(saved), ("recipe", "shards", "out")  # shards are told by their hash
-        pairs = [(n, begun.get(n), v) for n, v in json.loads(text).items() if n not in free]
-        if changes := "; ".join(f"{n} was {old}, now {new}" for n, old, new in pairs if old != new):
-            raise ValueError(f"{cfg.out}: holds a run with other settings ({changes}): choose another --out")
-    elif cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
-        raise ValueError(f"{cfg.out}: neither empty nor a run folder: choose another --out")
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(saved) as file:
-        file.write(text.encode())
 
 
 # --------------------------------------------------------------------------------------------------------
