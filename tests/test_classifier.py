@@ -174,6 +174,20 @@ def test_a_wrong_place_counts_for_no_less_than_the_doubt() -> None:
     torch.testing.assert_close(odds[0] / odds[1], torch.tensor(99 * 0.1 / 1.9))
 
 
+def test_a_class_that_a_place_excludes_stays_possible() -> None:
+    """e^-200 is no number of float32: the wrong one of two classes costs a finite surprise, the gradient too."""
+    made = product(0.0)
+    meta = torch.tensor([[-200.0, 0.0]], requires_grad=True)
+    found = made.combine({"image": IMAGE, "meta": meta})
+    tiny = math.log(torch.finfo(torch.float32).tiny)
+    torch.testing.assert_close(found[0, 0] - found[0, 1], torch.tensor(math.log(1.5) + tiny - math.log(2)))
+    torch.nn.functional.cross_entropy(found, torch.tensor([0])).backward()
+    assert meta.grad is not None
+    assert meta.grad.isfinite().all()
+    made.calibrate({"image": IMAGE, "meta": meta.detach()}, torch.tensor([0]))
+    assert math.log(0.05) < math.log(made.sharpness.item()) < math.log(20)
+
+
 def test_calibration_finds_the_temperature() -> None:
     """Scores (z, -z) that are right eight times in ten: 1 / (1 + exp(-2 a z)) = 0.8 at a = ln 4 / (2 z)."""
     made = Concatenation(towers(), embed_dim=6, hidden=5, classes=2)

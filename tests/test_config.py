@@ -245,7 +245,10 @@ def test_differences_name_what_a_resumed_run_may_not_change() -> None:
     ("setting", "value"),
     [
         *[(name, 0) for name in ("image_size", "batch_size", "epochs", "log_every", "checkpoint_every")],
-        *[(name, -1) for name in ("warmup_epochs", "patience", "image_lr", "weight_decay", "workers", "text_lr")],
+        *[
+            (name, -1)
+            for name in ("warmup_epochs", "patience", "image_lr", "weight_decay", "workers", "text_lr", "seed")
+        ],
         *[("image_lr", float("nan")), ("crop_scale", 0.0), ("crop_scale", 1.01), ("crop_scale", float("nan"))],
         *[("clip_norm", 0.0), ("temperature", 0.0), ("temperature", -0.07), ("temperature", 0.004)],
         *[("embed_dim", 0), ("meta_width", 0), ("meta_depth", 0), ("accumulation_steps", 2), ("max_scale", 0.0)],
@@ -340,8 +343,8 @@ def test_settings_of_text_are_unused_without_it(monkeypatch: pytest.MonkeyPatch,
     ("settings", "message"),
     [
         (dict(color_jitter=1.1), "--color-jitter 1.1: a strength in"),
-        (dict(meta_jitter_km=-1.0), "--meta-jitter-km -1.0: no negative number"),
-        (dict(mixup=-0.1), "--mixup -0.1: no negative number"),
+        (dict(meta_jitter_km=-1.0), "--meta-jitter-km -1.0: 0 or more"),
+        (dict(mixup=-0.1), "--mixup -0.1: 0 or more"),
         (dict(mix_share=0.0), "--mix-share 0.0: a number in"),
         (dict(layer_decay=1.2), "--layer-decay 1.2: a number in"),
         (dict(ema=1.0), "--ema 1.0: a share in"),
@@ -350,8 +353,8 @@ def test_settings_of_text_are_unused_without_it(monkeypatch: pytest.MonkeyPatch,
         (dict(late_size=448, late_epochs=5, epochs=5), "--late-epochs 5: fewer than --epochs 5"),
         (dict(late_size=448, late_epochs=5, patience=2), "--patience 2: it would stop before --late-epochs"),
         (dict(keep="last", patience=2), "--patience 2: it waits for the best, --keep is last"),
-        (dict(mixup=0.2, modalities=("meta",)), "--mixup: unused, --modalities is meta"),
-        (dict(layer_decay=0.8, modalities=("meta",)), "--layer-decay: unused, --modalities is meta"),
+        (dict(mixup=0.2, modalities=("meta",)), "--mixup 0.2: unused, --modalities is meta; give 0.0"),
+        (dict(layer_decay=0.8, modalities=("meta",)), "--layer-decay 0.8: unused, --modalities is meta; give 1.0"),
         (dict(fusion="channels", modalities=("image",)), "--fusion channels: of two modalities"),
         (dict(fusion="channels", init=Path("run")), "--init run: pre-trained networks take three channels"),
         (dict(fusion="channels", joint=True), "--joint True: unused, --fusion is channels"),
@@ -389,6 +392,27 @@ def test_what_changes_nothing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(monkeypatch, FINETUNE, "demo", "--shards", "s", "--out", "o", *arguments)
+
+
+def test_what_a_recipe_has_for_the_image_can_be_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipe best on metadata alone: its late size is refused until it is put off, and then taken."""
+    alone = [
+        "best",
+        "--shards",
+        "s",
+        "--out",
+        "o",
+        "--modalities",
+        "meta",
+        "--fusion",
+        "concatenation",
+        "--doubt",
+        "0",
+    ]
+    with pytest.raises(ValueError, match=re.escape("--late-size 288: unused, --modalities is meta; give 0")):
+        parse(monkeypatch, FINETUNE, *alone)
+    _, found = parse(monkeypatch, FINETUNE, *alone, "--late-size", "0", "--late-epochs", "0")
+    assert (found.modalities, found.late_size, found.late_epochs) == (("meta",), 0, 0)
 
 
 def test_inception_is_the_papers_baseline_with_and_without_metadata() -> None:

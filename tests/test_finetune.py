@@ -136,9 +136,12 @@ def test_captions_that_pre_training_worded_itself(pretrained: Path, tiny_shards:
 
 def test_a_damaged_tokenizer_is_named(pretrained: Path, tiny_shards: Path, tmp_path: Path) -> None:
     run = shutil.copytree(pretrained, tmp_path / "run")
-    shutil.rmtree(run / "tokenizer")
     spec = model.load_spec(run, kind="contrastive")
-    with pytest.raises(ValueError, match="tokenizer: damaged or missing"):
+    (run / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer: damaged"):
+        start.class_vectors(run, spec, ShardSet(tiny_shards))
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(FileNotFoundError, match="tokenizer: no such folder, the run's tokenizer is missing"):
         start.class_vectors(run, spec, ShardSet(tiny_shards))
 
 

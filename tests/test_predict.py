@@ -183,8 +183,9 @@ def test_a_product_is_trained_and_evaluated(tiny_shards: Path, folder: Path) -> 
         fusion = ["--fusion", "product", "--doubt", doubt, "--meta-dropout", "0"]
         run = tuned(tiny_shards, folder / f"product-{doubt}", "--batch-size", "32", "--epochs", "4", *fusion)
         assert training.run(predict.main, [run, "--shards", tiny_shards, *FLAT]) == 0
-        network, _ = classifier.load(run)
+        network, spec = classifier.load(run)
         assert isinstance(network, Product)
+        assert spec.image is not None
         assert network.doubt.item() == float(doubt)
         logged = training.lines(run, "val")[-1]
         assert {"top1", "loss", "sharpness"} <= logged.keys()
@@ -196,6 +197,19 @@ def test_a_product_is_trained_and_evaluated(tiny_shards: Path, folder: Path) -> 
             best = network.embed("meta", torch.tensor([place_of(record) for record in facts])).argmax(dim=1)
         assert (table["predicted_meta_only"] == best.numpy()).all()
         assert found[doubt]["meta_only"]["top1"] == (table["predicted_meta_only"] == table["class_id"]).mean()
+    # Evaluated with another doubt, under another name: as if it had been trained with that, but for calibration.
+    argv = [run, "--shards", tiny_shards, *FLAT, "--doubt", "0.0", "--name", "trusting"]
+    assert training.run(predict.main, argv) == 0
+    trusting = json.loads((run / "metrics-trusting.json").read_text())
+    assert json.loads((run / "metrics.json").read_text()) == found["0.5"]
+    assert trusting["without_meta"] == found["0.5"]["without_meta"]
+    network, _ = classifier.load(run, doubt=0.0)
+    photos = [stored[image_id]["jpg"] for image_id in table["image_id"]]
+    view = images.eval_transform(spec.image)
+    batch = torch.stack([view(images.decode(photo)) for photo in photos])
+    with torch.inference_mode():
+        best = network.score({"image": batch, "meta": torch.tensor([place_of(r) for r in facts])}).argmax(dim=1)
+    assert trusting["top1"] == (best.numpy() == table["class_id"]).mean()
     # The experts do not know of the doubt: the same image expert, with calibration of its own.
     assert found["0.0"]["without_meta"]["top1"] == found["0.5"]["without_meta"]["top1"]
     assert found["0.5"]["shuffled_meta"]["top1"] >= found["0.0"]["shuffled_meta"]["top1"]

@@ -229,9 +229,10 @@ def refused(capsys: pytest.CaptureFixture, status: int, message: str) -> None:
         (["kernel", "--bandwith-km", "3"], "--bandwith-km"),
         (["kernel", "--bandwidth-km", "0"], "--bandwidth-km 0.0: a positive number"),
         (["geoprior", "--epochs", "0"], "--epochs 0: at least 1"),
+        (["geoprior", "--seed", "-1"], "--seed -1: 0 or more"),
         (["geoprior", "--decay", "1.5"], "--decay 1.5: a factor in (0, 1]"),
         (["geoprior", "--dropout", "1"], "--dropout 1.0: a share in [0, 1)"),
-        (["neighbours", "--km-per-day", "-1"], "--km-per-day -1.0: no negative"),
+        (["neighbours", "--km-per-day", "-1"], "--km-per-day -1.0: 0 or more"),
         (["geoprior", "--meta-encoding", "harmonics"], "--dropout 0.5: unused, harmonics"),
     ],
 )
@@ -282,7 +283,7 @@ def test_wrong_folders(tiny_shards: Path, image_run: Path, tmp_path: Path, capsy
     refused(
         capsys,
         make("grid", tiny_shards, image_run, out, "--bands", "9"),
-        "a run with other settings (bands was 36, now 9)",
+        "a run with other settings (--bands was 36, now 9)",
     )
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").touch()

@@ -279,7 +279,7 @@ USAGE = [
         lambda w: w.pretrain("--accumulation-steps", "2"),
         "--accumulation-steps 2: refused for pre-training",
     ),
-    Case("negative rate", "pretrain", lambda w: w.pretrain("--image-lr", "-1"), "--image-lr -1.0: no negative"),
+    Case("negative rate", "pretrain", lambda w: w.pretrain("--image-lr", "-1"), "--image-lr -1.0: 0 or more"),
     Case("crop of more", "pretrain", lambda w: w.pretrain("--crop-scale", "2"), "--crop-scale 2.0: a share"),
     Case("too hot", "pretrain", lambda w: w.pretrain("--temperature", "0"), "--temperature 0.0: "),
     Case(
@@ -525,6 +525,24 @@ LATER = [
         "predict",
         lambda w: [w.runs / "finetuned", "--shards", w.shards, "--name", "val"],
         "--name val: results of that split are called so",
+    ),
+    Case(
+        "another doubt under the run's own name",
+        "predict",
+        lambda w: [w.runs / "finetuned", "--shards", w.shards, "--doubt", "0"],
+        "--doubt 0.0: give a --name too",
+    ),
+    Case(
+        "a doubt and no product",
+        "predict",
+        lambda w: [w.runs / "finetuned", "--shards", w.shards, "--doubt", "0", "--name", "a"],
+        "--doubt 0.0: unused",
+    ),
+    Case(
+        "a doubt of a pre-trained run",
+        "predict",
+        lambda w: [w.runs / "pretrained", "--shards", w.shards, "--doubt", "0"],
+        "--doubt 0.0: unused",
     ),
     Case("a name for photographs", "predict", lambda w: w.photo("--name", "a"), "--name are for a shard set"),
     Case("no run", "predict", lambda w: w.photo(run="no"), "no such run folder"),

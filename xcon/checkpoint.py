@@ -177,25 +177,14 @@ def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> boo
     Raises:
         ValueError: the folder holds something else, or a run with other settings.
     """
-    run, saved = config.out, config.out / "config.json"
-    if saved.is_file():
-        begun = read_json(saved)
-        changes = [
-            f"{n} was {begun.get(n)}, now {v}" for n, v in facts.items() if begun.get(n) != v and n != "recipe"
-        ]
-        if changes := changes + config.differences(begun):
-            raise ValueError(
-                f"{run}: holds a run with other settings ({'; '.join(changes)}): choose another --out"
-            )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"{run}: neither empty nor a run folder: choose another --out")
+    run, begun = config.out, config.begun(facts)
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for leftover in (run / "checkpoints").glob(".step-*.partial"):
             shutil.rmtree(leftover)
-        if not saved.is_file():
-            with atomic_write(saved) as file:
+        if not begun:
+            with atomic_write(run / "config.json") as file:
                 file.write(config.to_json(**facts).encode())
     accelerator.wait_for_everyone()
     return (run / "model.json").is_file()

@@ -93,9 +93,9 @@ class Classifier(nn.Module):
         """Modality -> `[b, C]` log p(y | that modality alone), where there is an expert for it; here none."""
         return {}
 
-    @abc.abstractmethod
     def combine(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """What `forward` gave -> `[b, C]` class scores before the softmax, calibrated."""
+        """What `forward` gave -> `[b, C]` class scores before the softmax, calibrated: here the joint ones."""
+        return self.sharpness * trained["joint"]
 
 
 class Concatenation(Classifier):
@@ -130,10 +130,6 @@ class Concatenation(Classifier):
         """`joint`: the scores of all modalities together."""
         return {"joint": self.head(torch.cat([embeddings[m] for m in self.towers], dim=1))}
 
-    def combine(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """The joint scores, sharpened."""
-        return self.sharpness * trained["joint"]
-
 
 class Channels(Classifier):
     """The image tower alone, whose network takes metadata as further channels of the photograph (section 4.2).
@@ -167,10 +163,6 @@ class Channels(Classifier):
         parts = zip(photos.split(together), places.split(together), strict=True)
         vectors = [tower.projection(tower.encoder(*part)) for part in parts]  # [b, D] in parts
         return {"joint": self.head(torch.cat(vectors))}
-
-    def combine(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """The joint scores, sharpened."""
-        return self.sharpness * trained["joint"]
 
 
 class Product(Classifier):
@@ -235,7 +227,9 @@ class Product(Classifier):
 
     def _posterior(self, experts: Mapping[str, Tensor], sharpness: Tensor | float) -> Tensor:
         ratio = (experts["meta"] - self.log_prior).exp()  # [b, C] p(y | meta) / p(y)
-        return sharpness * experts["image"] + (self.doubt + (1 - self.doubt) * ratio).log()
+        # Without doubt a ratio may be too small for float32: no class is impossible, its logarithm stays finite.
+        evidence = (self.doubt + (1 - self.doubt) * ratio).clamp(min=torch.finfo(torch.float32).tiny)
+        return sharpness * experts["image"] + evidence.log()
 
     def begin_as(self, captions: Tensor) -> None:
         """Has both heads start as similarities to `[C, D]` vectors of the captions, of whatever length."""

@@ -43,6 +43,11 @@ def complain(program: str, message: str) -> None:
     sys.stderr.write(f"{program}: {' '.join(message.split())}\n")
 
 
+def say(result: str) -> None:
+    """What came of a command, on stdout: as it is, lines of any length."""
+    sys.stdout.write(f"{result}\n")
+
+
 def parse(settings: type[Settings], program: str) -> Settings:
     """Reads the command line into a dataclass of settings.
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -23,27 +23,64 @@ Fusion = Literal["concatenation", "product", "channels"]
 MetaEncoding = Literal["wrap", "xyz", "fourier", "sphere2vec", "harmonics"]
 PriorKind = Literal["geoprior", "softmax", "frequency", "neighbours", "kernel", "grid"]
 MODALITIES: tuple[Literal["image", "text", "meta"], ...] = ("image", "text", "meta")
-# Settings of the image that are not named after it.
-OF_THE_IMAGE = (
-    "crop_scale",
-    "color_jitter",
-    "mixup",
-    "cutmix",
-    "mix_share",
-    "layer_decay",
-    "late_size",
-    "late_epochs",
-)
+# Settings of the image that are not named after it; of some the value that they must have without an image.
+OF_THE_IMAGE = ("crop_scale", "color_jitter", "mix_share")
+OFF_WITHOUT_IMAGE = {"mixup": 0.0, "cutmix": 0.0, "layer_decay": 1.0, "late_size": 0, "late_epochs": 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What pre-training and fine-tuning have in common."""
+class RunConfig:
+    """What the settings of every run have in common: they are saved with it, and it has a folder."""
 
     shards: Path = tyro.MISSING
     """Shard set to train on (a folder that xcon-shards build made)."""
     out: Path = tyro.MISSING
-    """Run folder; the same command given again resumes there."""
+    """Run folder; the same command given again goes on there, or makes the same run again."""
+
+    # Settings that a run taken up again may change: they leave every number of it as it is.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("shards", "out")
+
+    def to_json(self, **facts: Any) -> str:
+        """The resolved settings, and before them `facts` about the run that later steps read."""
+        return json.dumps({**facts, **dataclasses.asdict(self)}, indent=1, default=str) + "\n"
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What differs from a saved config, setting by setting, but for those that may change.
+
+        A setting that the saved config has not is younger than it, and was what it is by default.
+        """
+        mine = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        was = json.loads(json.dumps(defaults(type(self)), default=str)) | saved
+        names = [name for name in mine if name not in self.MAY_CHANGE]
+        return [f"{flag(n)} was {was[n]}, now {mine[n]}" for n in names if was[n] != mine[n]]
+
+    def begun(self, facts: Mapping[str, Any]) -> bool:
+        """Whether this very run was begun in its folder.
+
+        Args:
+            facts: as of `to_json`; all but the recipe's name must be those of the run begun.
+
+        Raises:
+            ValueError: the folder holds something else, or a run with other settings.
+        """
+        saved = self.out / "config.json"
+        if not saved.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise ValueError(f"{self.out}: neither empty nor a run folder: choose another --out")
+            return False
+        was = read_json(saved)
+        changes = [f"{n} was {was.get(n)}, now {v}" for n, v in facts.items() if n != "recipe" and was.get(n) != v]
+        if changes := [*changes, *self.differences(was)]:
+            raise ValueError(
+                f"{self.out}: holds a run with other settings ({'; '.join(changes)}): choose another --out"
+            )
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """What pre-training and fine-tuning have in common."""
+
     modalities: tuple[Literal["image", "text", "meta"], ...] = MODALITIES
     """Modalities that take part."""
     image_backbone: str | None = None
@@ -96,7 +133,6 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights, the order, the crops and the dropout."""
 
-    # Settings that a resumed run may change: they leave every number of the run as it is.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("shards", "out", "workers", "checkpoint_every")
 
     def __post_init__(self) -> None:
@@ -105,55 +141,21 @@ class TrainConfig:
         Raises:
             ValueError: names the setting.
         """
-        at_least_one = (
-            "image_size",
-            "batch_size",
-            "accumulation_steps",
-            "epochs",
-            "log_every",
-            "checkpoint_every",
-        )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: at least 1 is needed")
-        for name in (
-            "warmup_epochs",
-            "patience",
-            "image_lr",
-            "meta_lr",
-            "head_lr",
-            "weight_decay",
-            "workers",
-            "per_class",
-            "meta_jitter_km",
-            "meta_jitter_days",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: no negative number is meant here")
+        check_at_least_one(self, "image_size", "batch_size", "accumulation_steps", "epochs")
+        check_at_least_one(self, "log_every", "checkpoint_every")
+        check_not_negative(self, "image_lr", "meta_lr", "head_lr", "weight_decay", "warmup_epochs", "patience")
+        check_not_negative(self, "per_class", "meta_jitter_km", "meta_jitter_days", "workers", "seed")
+        check_range(self, "crop_scale", fits=lambda x: 0 < x <= 1, needed="a share of the area in (0, 1]")
+        check_range(self, "color_jitter", fits=lambda x: 0 <= x <= 1, needed="a strength in [0, 1]")
+        check_range(self, "clip_norm", fits=lambda x: x > 0, needed="a positive norm")
         if self.per_class and self.batch_size % self.per_class:
             raise ValueError(f"--per-class {self.per_class}: does not divide --batch-size {self.batch_size}")
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"--crop-scale {self.crop_scale}: a share of the area in (0, 1] is needed")
-        if not 0 <= self.color_jitter <= 1:
-            raise ValueError(f"--color-jitter {self.color_jitter}: a strength in [0, 1] is needed")
-        if not self.clip_norm > 0:
-            raise ValueError(f"--clip-norm {self.clip_norm}: a positive norm is needed")
         if len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"--modalities {' '.join(self.modalities)}: one is named twice")
 
-    def to_json(self, **facts: Any) -> str:
-        """The resolved settings, and before them `facts` about the run that later steps read."""
-        return json.dumps({**facts, **dataclasses.asdict(self)}, indent=1, default=str) + "\n"
-
-    def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """What differs from a saved config, setting by setting, but for those that may change.
-
-        A setting that the saved config has not is younger than it, and was what it is by default.
-        """
-        mine = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        was = json.loads(json.dumps(defaults(type(self)), default=str)) | saved
-        names = [name for name in mine if name not in self.MAY_CHANGE]
-        return [f"{flag(n)} was {was[n]}, now {mine[n]}" for n in names if was[n] != mine[n]]
+    def unused(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, and why; here none."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,18 +208,14 @@ class PretrainConfig(TrainConfig):
             )
         if not self.temperature > 0 or 1 / self.temperature > self.max_scale:
             raise ValueError(f"--temperature {self.temperature}: 1/temperature lies in (0, {self.max_scale}]")
-        for name in ("text_lr", "micro_batch"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: no negative number is meant here")
+        check_not_negative(self, "text_lr", "micro_batch")
+        check_at_least_one(self, "embed_dim", "meta_width", "meta_depth")
         if self.text_frozen and self.text_model == "small-distilbert":
             raise ValueError("--text-frozen: small-distilbert is untrained and would stay so; give --text-model")
         if self.micro_batch >= self.batch_size:
             raise ValueError(
                 f"--micro-batch {self.micro_batch}: unused, --batch-size is {self.batch_size} over all processes"
             )
-        for name in ("embed_dim", "meta_width", "meta_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: at least 1 is needed")
 
     def _check_loss(self) -> None:
         """Refuses modalities, views and weights that make no loss together."""
@@ -239,6 +237,10 @@ class PretrainConfig(TrainConfig):
         all_pairs = len(self.modalities) * (len(self.modalities) - 1) // 2
         if all_pairs and list(self.pair_weights.values()).count(0) == all_pairs:
             raise ValueError("--pair-weights: all are 0, nothing would be learned")
+
+    def unused(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, and why."""
+        return {"text_lr": "--text-frozen keeps the text encoder as it is"} if self.text_frozen else {}
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -311,17 +313,11 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         if not self.modalities:
             raise ValueError("--modalities: at least one is needed")
-        for name in ("dropout", "label_smoothing", "meta_dropout", "doubt", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: a share in [0, 1) is needed")
-        for name in ("mix_share", "layer_decay"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: a number in (0, 1] is needed")
-        for name in ("mixup", "cutmix"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: no negative number is meant here")
-        if self.hidden < 1:
-            raise ValueError(f"--hidden {self.hidden}: at least 1 is needed")
+        shares = ("dropout", "label_smoothing", "meta_dropout", "doubt", "ema")
+        check_range(self, *shares, fits=lambda x: 0 <= x < 1, needed="a share in [0, 1)")
+        check_range(self, "mix_share", "layer_decay", fits=lambda x: 0 < x <= 1, needed="a number in (0, 1]")
+        check_not_negative(self, "mixup", "cutmix", "late_size", "late_epochs")
+        check_at_least_one(self, "hidden")
         self._check_fusion()
         self._check_end()
 
@@ -350,11 +346,13 @@ class FinetuneConfig(TrainConfig):
 
     def _check_end(self) -> None:
         """Refuses a late size, or a choice of weights, that contradicts other settings."""
-        of_the_image = {"mixup": 0.0, "cutmix": 0.0, "layer_decay": 1.0, "late_epochs": 0}
-        for name, off in of_the_image.items():
+        for name, off in OFF_WITHOUT_IMAGE.items():
             if "image" not in self.modalities and getattr(self, name) != off:
-                raise ValueError(f"{flag(name)}: unused, --modalities is {' '.join(self.modalities)}")
-        if (self.late_size > 0) != (self.late_epochs > 0) or min(self.late_size, self.late_epochs) < 0:
+                raise ValueError(
+                    f"{flag(name)} {getattr(self, name)}: unused, --modalities is {' '.join(self.modalities)}; "
+                    f"give {off}"
+                )
+        if (self.late_size > 0) != (self.late_epochs > 0):
             raise ValueError(
                 f"--late-size {self.late_size} --late-epochs {self.late_epochs}: both are needed, or none"
             )
@@ -383,15 +381,11 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PriorConfig:
+class PriorConfig(RunConfig):
     """A prior over the classes from place and date, times the scores of a run on images alone."""
 
-    shards: Path = tyro.MISSING
-    """Shard set whose training records the prior is fitted to."""
     image_run: Path = tyro.MISSING
     """Run on images alone, evaluated by xcon predict on the test split; its scores are what is multiplied."""
-    out: Path = tyro.MISSING
-    """Run folder; the same command given again makes the same run again."""
     test_shards: Path | None = None
     """Shard set whose places and dates the test photographs are given; none: --shards."""
     kind: tyro.conf.Suppress[PriorKind] = "geoprior"
@@ -454,18 +448,12 @@ class PriorConfig:
             ValueError: names the setting.
         """
         whole = ("meta_width", "meta_depth", "epochs", "per_class", "batch_size", "nearest", "bands", "seasons")
-        for name in whole:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: at least 1 is needed")
-        for name in ("learning_rate", "bandwidth_km", "bandwidth_days", "smoothing"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: a positive number is needed")
-        if not self.km_per_day >= 0:
-            raise ValueError(f"--km-per-day {self.km_per_day}: no negative number is meant here")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"--decay {self.decay}: a factor in (0, 1] is needed")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout}: a share in [0, 1) is needed")
+        check_at_least_one(self, *whole)
+        above_zero = ("learning_rate", "bandwidth_km", "bandwidth_days", "smoothing")
+        check_range(self, *above_zero, fits=lambda x: x > 0, needed="a positive number")
+        check_not_negative(self, "km_per_day", *(() if self.seed is None else ("seed",)))
+        check_range(self, "decay", fits=lambda x: 0 < x <= 1, needed="a factor in (0, 1]")
+        check_range(self, "dropout", fits=lambda x: 0 <= x < 1, needed="a share in [0, 1)")
         if self.meta_encoding == "harmonics" and self.dropout:
             raise ValueError(f"--dropout {self.dropout}: unused, harmonics feed a network of sines; give 0")
 
@@ -476,9 +464,23 @@ class PriorConfig:
             if getattr(self, name) != getattr(recipe, name):
                 raise ValueError(f"{flag(name)}: unused, the prior is {self.kind}")
 
-    def to_json(self, **facts: Any) -> str:
-        """The resolved settings, and before them `facts` about the run that later steps read."""
-        return json.dumps({**facts, **dataclasses.asdict(self)}, indent=1, default=str) + "\n"
+
+def check_range(settings: object, *names: str, fits: Callable[[float], bool], needed: str) -> None:
+    """Raises ValueError where one of the settings of these names does not fit; NaN fits nowhere."""
+    for name in names:
+        value = getattr(settings, name)
+        if not fits(value):
+            raise ValueError(f"{flag(name)} {value}: {needed} is needed")
+
+
+def check_at_least_one(settings: object, *names: str) -> None:
+    """`check_range` of numbers from 1 on."""
+    check_range(settings, *names, fits=lambda x: x >= 1, needed="at least 1")
+
+
+def check_not_negative(settings: object, *names: str) -> None:
+    """`check_range` of numbers from 0 on."""
+    check_range(settings, *names, fits=lambda x: x >= 0, needed="0 or more")
 
 
 def check_patience(settings: TrainConfig, *, validation: bool) -> None:
@@ -489,17 +491,15 @@ def check_patience(settings: TrainConfig, *, validation: bool) -> None:
 
 def check_used(settings: TrainConfig, recipe: TrainConfig) -> None:
     """Raises ValueError where a setting was given that changes nothing, as of a modality that takes no part."""
-    unused = settings.unused() if isinstance(settings, FinetuneConfig) else {}
-    for field in dataclasses.fields(settings):
-        modality = "image" if field.name in OF_THE_IMAGE else field.name.split("_")[0]
-        modality = "text" if field.name == "caption" else modality
-        given = getattr(settings, field.name) != getattr(recipe, field.name)
-        if given and modality in MODALITIES and modality not in settings.modalities:
-            raise ValueError(f"{flag(field.name)}: unused, --modalities is {' '.join(settings.modalities)}")
-        if field.name == "text_lr" and given and isinstance(settings, PretrainConfig) and settings.text_frozen:
-            raise ValueError("--text-lr: unused, --text-frozen keeps the text encoder as it is")
-        if given and field.name in unused:
-            raise ValueError(f"{flag(field.name)}: unused, {unused[field.name]}")
+    unused = settings.unused()
+    for name in (field.name for field in dataclasses.fields(settings)):
+        if getattr(settings, name) == getattr(recipe, name):
+            continue  # not given
+        modality = {"caption": "text", **dict.fromkeys(OF_THE_IMAGE, "image")}.get(name, name.split("_")[0])
+        if modality in MODALITIES and modality not in settings.modalities:
+            raise ValueError(f"{flag(name)}: unused, --modalities is {' '.join(settings.modalities)}")
+        if name in unused:
+            raise ValueError(f"{flag(name)}: unused, {unused[name]}")
 
 
 Train = TypeVar("Train", TrainConfig, PretrainConfig, FinetuneConfig, PriorConfig)
@@ -551,7 +551,7 @@ def check_command(file: Path, program: str) -> None:
         raise ValueError(f"{file}: a config of {made_by}, here one of {program} is needed")
 
 
-def defaults(kind: type[TrainConfig] | type[PriorConfig]) -> dict[str, Any]:
+def defaults(kind: type[RunConfig]) -> dict[str, Any]:
     """The default of each setting; tyro.MISSING where it must be given."""
     return {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()

@@ -59,6 +59,14 @@ def collect(
     return {name: rows[real][order] for name, rows in whole.items()}
 
 
+def others_of(split: Split) -> np.ndarray:
+    """`[N, 3]` for each record the place and date of one drawn at random, each record's once: `shuffled_meta`.
+
+    What a model makes of a place says nothing of the bird then. The draw depends on the number of records alone.
+    """
+    return split.place[np.random.default_rng(0).permutation(len(split))]
+
+
 def with_controls(network: Classifier, batch: Mapping[str, Tensor], others: Tensor) -> dict[str, Tensor]:
     """Probabilities `[b, C]`: `scores`, and for a model with metadata `without_meta` and `shuffled_meta`.
 
@@ -67,7 +75,7 @@ def with_controls(network: Classifier, batch: Mapping[str, Tensor], others: Tens
     Args:
         network: the classifier.
         batch: with its modalities and `index`.
-        others: `[N, 3]` the places to take instead of the records' own.
+        others: `[N, 3]` the places to take instead of the records' own, as `others_of` draws them.
     """
     fixed = {m: network.embed(m, batch[m]) for m in network.modalities if m != "meta"}
 
@@ -175,7 +183,7 @@ def check_classes(run: Path, spec: ModelSpec, shards: ShardSet) -> None:
 
 
 def write_measures(
-    out: Path, judged: Mapping[str, Any], *, run: Path, split: str, shards: ShardSet, with_meta: bool
+    out: Path, judged: Mapping[str, Any], *, run: Path, split: Split, shards: ShardSet, with_meta: bool
 ) -> None:
     """Writes `metrics.json`.
 
@@ -188,7 +196,7 @@ def write_measures(
         with_meta: whether it sees metadata.
     """
     facts = {
-        "split": split,
+        "split": split.name,
         **judged,
         "label_space": f"{len(shards.card.classes)} classes of the source",
         "with_meta": with_meta,

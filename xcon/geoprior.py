@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xcon.encoders import MetaEncoder
+from xcon.geotime import DAYS, EARTH_KM
 
 # Legend: b rows of a batch, F width of the body, C classes, U photographers; N places asked for, M records fitted.
 
@@ -29,8 +30,6 @@ Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 Kernel = Callable[[Floats, Floats], Floats]  # [n, 3], [M, 3] -> [n, M]
 
-EARTH_KM = 6371.0
-DAYS = 365.25
 _ROWS_AT_ONCE = 256  # of [n, M] kernels: with M = 24,000 that is 50 MB
 
 
@@ -356,9 +355,8 @@ def _by_class(
     parts = np.split(places, range(_ROWS_AT_ONCE, len(places), _ROWS_AT_ONCE))
     sums = np.concatenate([(owner @ spread(part, fitted).T).T for part in parts])  # [N, C]
     counts = np.bincount(labels, minlength=classes)  # [C]
-    anywhere = (sums.sum(axis=1, keepdims=True) + 1) / (
-        records + 1
-    )  # [N, 1] the density of all records, an even one
+    # [N, 1] the density of all records and of one more, spread evenly.
+    anywhere = (sums.sum(axis=1, keepdims=True) + 1) / (records + 1)
     return shares * (sums + smoothing * anywhere) / (counts + smoothing)
 
 

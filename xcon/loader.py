@@ -42,8 +42,8 @@ class Records(Dataset[Batch]):
         views: times that each photograph is transformed; more than one are stacked, `[V, 3, S, S]`.
         meta_jitter_km, meta_jitter_days: by how much places and dates are moved at random, `geotime.moved`.
         late: an epoch, and the transform from it on.
-        seed: of crops, flips and hidden metadata; every record and epoch has draws of its own, whatever
-            process and worker it falls to.
+        seed: of crops, flips, colours, hidden and moved metadata; every record and epoch has draws of its own,
+            whatever process and worker it falls to.
     """
 
     split: Split
@@ -204,7 +204,7 @@ def evaluation_loader(records: Records, share: Share, *, batch_size: int) -> Dat
     """Every record once, in the order of its split.
 
     Args:
-        records: with a transform that draws nothing.
+        records: with a transform that draws nothing, or what it draws in the first epoch.
         share: of this process.
         batch_size: over all processes, rounded up until they divide it.
     """

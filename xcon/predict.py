@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 import tyro
@@ -133,42 +132,40 @@ def predict() -> None:
 
 def evaluate(settings: Settings, shards: ShardSet, accelerator: Accelerator) -> None:
     """Scores with the records' own metadata, without, and with that of other records; writes both files."""
+    if settings.doubt is not None and settings.name is None:
+        raise ValueError(f"--doubt {settings.doubt}: give a --name too, or it would stand as the run's own result")
     network, spec = classifier.load(settings.run, doubt=settings.doubt)
     network.to(accelerator.device)
     evaluation.check_classes(settings.run, spec, shards)
     split = shards.split(settings.split or "test")
-    # Metadata of another record drawn at random: what the model makes of a place says nothing of the bird then.
-    permuted = split.place[np.random.default_rng(0).permutation(len(split))]
-    others = torch.from_numpy(permuted).float().to(accelerator.device)
+    others = torch.from_numpy(evaluation.others_of(split)).float().to(accelerator.device)
     score = functools.partial(evaluation.with_controls, network, others=others)
     found = collect(settings, split, network.modalities, spec, score, accelerator)
     if not accelerator.is_main_process:
         return
     probabilities = {name: rows.numpy() for name, rows in found.items() if name != "label"}
-    out = runfiles.predictions(settings.run, called(settings, split))
+    name = called(settings, split)
+    out, table = runfiles.predictions(settings.run, name), evaluation.prediction_table(split, probabilities)
     for path in (out, settings.out) if settings.out else (out,):
-        evaluation.write_table(evaluation.prediction_table(split, probabilities), path)
+        evaluation.write_table(table, path)
     judged = evaluation.judge(probabilities, split.class_id, shards.card.classes)
-    evaluation.write_measures(
-        runfiles.measures(settings.run, called(settings, split)), judged,
-        run=settings.run, split=split.name, shards=shards, with_meta="meta" in network.modalities,
-    )  # fmt: skip
+    file, with_meta = runfiles.measures(settings.run, name), "meta" in network.modalities
+    evaluation.write_measures(file, judged, run=settings.run, split=split, shards=shards, with_meta=with_meta)
     tell(split, accelerator, f"{evaluation.summary(judged)}\n{out}")
 
 
 def evaluate_pretrained(settings: Settings, shards: ShardSet, accelerator: Accelerator) -> None:
     """What a pre-trained run knows: zero-shot by captions, linear probes, nearest neighbours, retrieval."""
-    if settings.doubt is not None:
-        raise ValueError(f"--doubt {settings.doubt}: unused, {settings.run} is pre-trained only")
     towers, spec = pretrained.load(settings.run, accelerator.device)
     evaluation.check_classes(settings.run, spec, shards)
     split = shards.split(settings.split or "test")
+    only = f"{settings.run} is pre-trained only"
+    if settings.doubt is not None:
+        raise ValueError(f"--doubt {settings.doubt}: unused, {only}")
     if settings.out:
-        raise ValueError(f"--out {settings.out}: {settings.run} is pre-trained only and predicts no classes")
+        raise ValueError(f"--out {settings.out}: {only} and predicts no classes")
     if split.name == "train":
-        raise ValueError(
-            f"--split train: {settings.run} is pre-trained only, and its probes learn from that split"
-        )
+        raise ValueError(f"--split train: {only}, and its probes learn from that split")
     seen = {m: tower for m, tower in towers.items() if m != "text"}
     embed = functools.partial(pretrained.with_features, seen)
     learnt = ("train", "val") if split.name == "test" and shards.has("val") else ("train",)
@@ -177,11 +174,9 @@ def evaluate_pretrained(settings: Settings, shards: ShardSet, accelerator: Accel
     texts = pretrained.class_texts(settings.run, shards) if spec.text else []
     captions = pretrained.caption_vectors(settings.run, towers["text"], texts) if spec.text else None
     if accelerator.is_main_process:
-        judged = pretrained.judge(found, split.name, captions)
+        judged, with_meta = pretrained.judge(found, split.name, captions), "meta" in seen
         out = runfiles.measures(settings.run, called(settings, split))
-        evaluation.write_measures(
-            out, judged, run=settings.run, split=split.name, shards=shards, with_meta="meta" in seen
-        )
+        evaluation.write_measures(out, judged, run=settings.run, split=split, shards=shards, with_meta=with_meta)
         tell(split, accelerator, f"{probes.summary(judged)}\n{out}")
 
 
@@ -211,8 +206,7 @@ def called(settings: Settings, split: Split) -> str | None:
 def tell(split: Split, accelerator: Accelerator, what: str) -> None:
     """Prints the result."""
     counted = f"{len(split)} of {len(split)} {split.name} records, each evaluated once"
-    by = f"by {accelerator.num_processes} process(es)"
-    Console().print(f"{counted}, {by}: {what}", markup=False, highlight=False, soft_wrap=True)
+    commandline.say(f"{counted}, by {accelerator.num_processes} process(es): {what}")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -243,8 +237,7 @@ def rank(settings: Settings, accelerator: Accelerator) -> None:
     rows = [{"file": row["file"], **told, **row} for row in found]
     if accelerator.is_main_process and settings.out:
         evaluation.write_table(pa.Table.from_pylist(rows), settings.out)
-        ranked = f"{len(settings.files)} photographs ranked: {settings.out}"
-        Console().print(ranked, markup=False, highlight=False, soft_wrap=True)
+        commandline.say(f"{len(settings.files)} photographs ranked: {settings.out}")
     elif accelerator.is_main_process:
         ranking.show(rows)
 

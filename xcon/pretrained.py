@@ -1,4 +1,4 @@
-"""A pre-trained run, evaluated as it is: its vectors, its captions, and what they say of the classes.
+"""A pre-trained run as it is: its vectors, its captions, and what they say of the classes.
 
 b: rows of a batch, N: records, C: classes, F: width of an encoder, D: width of the shared space.
 """
@@ -65,13 +65,18 @@ def caption_vectors(run: Path, tower: Tower, texts: Sequence[str]) -> Tensor:
 
     Raises:
         FileNotFoundError: no tokenizer.
+        ValueError: it is damaged.
     """
     folder = run / "tokenizer"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, the run's tokenizer is missing")
-    tokens = captions.tokenise(AutoTokenizer.from_pretrained(folder, local_files_only=True), texts)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: damaged ({error})") from None
     device = next(tower.parameters()).device
-    return model.unit(tower(tokens.to(device))).cpu()
+    parts = captions.tokenise(tokenizer, texts).to(device).split(64)
+    return model.unit(torch.cat([tower(part) for part in parts])).cpu()
 
 
 def judge(found: Mapping[str, Mapping[str, Tensor]], test: str, class_captions: Tensor | None) -> dict[str, Any]:

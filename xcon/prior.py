@@ -9,9 +9,8 @@ With --test-shards the same photographs are given other places. One process, no 
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from xcon import commandline, config, evaluation, geoprior, geotime, model, recipes, runfiles
@@ -50,27 +48,25 @@ def run() -> None:
     image_facts = read_image_run(cfg.image_run)
     cfg = dataclasses.replace(cfg, seed=image_facts["seed"] if cfg.seed is None else cfg.seed)
     shards, tested = ShardSet(cfg.shards), ShardSet(cfg.test_shards or cfg.shards)
-    ours, theirs = ([c.raw_class_id for c in s.card.classes] for s in (shards, tested))
-    if ours != theirs:
-        raise ValueError(
-            f"--test-shards {cfg.test_shards}: another class list ({len(theirs)} classes) than {cfg.shards} has "
-            f"({len(ours)})"
-        )
+    check_same_classes(shards, tested)
     train, test = shards.split("train"), tested.split("test")
     rows = has_metadata(train.place)  # the records that the prior learns from
     if not rows.any():
         raise ValueError(f"{cfg.shards}: no training record has a place or a date")
-    image = image_scores(cfg.image_run, tested.folder, test, len(ours))  # [N, C]
+    classes = len(shards.card.classes)
+    image = image_scores(cfg.image_run, tested.folder, test, classes)  # [N, C]
     facts = {"command": "prior", "recipe": recipe, "init": str(cfg.image_run), "init_method": cfg.kind}
     facts |= {"modalities": ["image", "meta"], "shards_sha256": shards.card.sha256}
-    open_run(cfg, facts)
+    cfg.begun(facts)  # if it was, all of it is made again
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(cfg.out / "config.json") as file:
+        file.write(cfg.to_json(**facts).encode())
 
     # Prior
-    scores_at, shares = fit(cfg, train.place[rows], train.class_id[rows], train.user_id[rows], len(ours))
+    scores_at, shares = fit(cfg, train.place[rows], train.class_id[rows], train.user_id[rows], classes)
 
     # Product
-    shuffled = test.place[np.random.default_rng(0).permutation(len(test))]  # as xcon predict draws them
-    prior = scores_at(test.place)  # [N, C]
+    prior, shuffled = scores_at(test.place), evaluation.others_of(test)  # [N, C], [N, 3]
     found = {
         "scores": geoprior.product(image, prior, shares, has_metadata(test.place)),
         "without_meta": image,
@@ -86,21 +82,23 @@ def run() -> None:
     evaluation.write_table(evaluation.prediction_table(test, rounded), out)
     judged = evaluation.judge(rounded, test.class_id, tested.card.classes)
     evaluation.write_measures(
-        runfiles.measures(cfg.out, None), judged, run=cfg.out, split=test.name, shards=tested, with_meta=True
+        runfiles.measures(cfg.out, None), judged, run=cfg.out, split=test, shards=tested, with_meta=True
     )
-    tell(judged, out)
-
-
-def tell(judged: Mapping[str, Any], out: Path) -> None:
-    """Prints the figures."""
-    parts = {"without_meta": "of the image", "shuffled_meta": "with shuffled metadata", "meta_only": "of metadata"}
-    others = ", ".join(f"{words} {100 * judged[name]['top1']:.2f} %" for name, words in parts.items())
-    line = f"{judged['n']} test records: top-1 {100 * judged['top1']:.2f} %, {others}"
-    Console().print(f"{line}\n{out}", highlight=False, soft_wrap=True)
+    commandline.say(f"{len(test)} test records: {evaluation.summary(judged)}\n{out}")
 
 
 # --------------------------------------------------------------------------------------------------------
 # Data
+
+
+def check_same_classes(shards: ShardSet, tested: ShardSet) -> None:
+    """Raises ValueError unless the shards of the test number the classes as those of training do."""
+    ours, theirs = ([c.raw_class_id for c in s.card.classes] for s in (shards, tested))
+    if ours != theirs:
+        raise ValueError(
+            f"--test-shards {tested.folder}: another class list ({len(theirs)} classes) than {shards.folder} has "
+            f"({len(ours)})"
+        )
 
 
 def read_image_run(folder: Path) -> dict[str, Any]:
@@ -149,25 +147,6 @@ def image_scores(folder: Path, shards: Path, test: Split, classes: int) -> Float
 def has_metadata(places: Floats) -> np.ndarray:
     """`geotime.known` for numpy."""
     return geotime.known(torch.from_numpy(places)).numpy()
-
-
-def open_run(cfg: PriorConfig, facts: Mapping[str, Any]) -> None:
-    """Makes the run folder with its `config.json`.
-
-    Raises:
-        ValueError: the folder holds something else, or a run with other settings.
-    """
-    saved, text = cfg.out / "config.json", cfg.to_json(**facts)
-    if saved.is_file():
-        begun, free = config.read_json(saved), ("recipe", "shards", "out")  # shards are told by their hash
-        pairs = [(n, begun.get(n), v) for n, v in json.loads(text).items() if n not in free]
-        if changes := "; ".join(f"{n} was {old}, now {new}" for n, old, new in pairs if old != new):
-            raise ValueError(f"{cfg.out}: holds a run with other settings ({changes}): choose another --out")
-    elif cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
-        raise ValueError(f"{cfg.out}: neither empty nor a run folder: choose another --out")
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(saved) as file:
-        file.write(text.encode())
 
 
 # --------------------------------------------------------------------------------------------------------

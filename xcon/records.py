@@ -29,7 +29,6 @@ FORMAT = "xcon-shards/1"
 # The paper's sentence, section 3.1, "Text Embedding". Fields: those of `ClassInfo.caption_fields`.
 PAPER_CAPTION = "This is a photograph of a bird called {name}"
 
-
 # What Pillow raises on a damaged file, by experience; its DecompressionBombError beside them.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
-from transformers import AutoTokenizer
 
-from xcon import captions, config, encoders, launch, model
+from xcon import config, encoders, launch, model, pretrained
 from xcon.config import FinetuneConfig
 from xcon.images import ImageSpec
 from xcon.model import ContrastiveModel, ModelSpec, Tower
-from xcon.records import Card, caption
+from xcon.records import Card
 from xcon.shardset import ShardSet
 
 # Legend: C classes, D width of the shared space.
@@ -91,20 +89,12 @@ def class_vectors(init: Path, begun: ModelSpec, shards: ShardSet) -> Tensor:
     Raises:
         ValueError, OSError: the run is damaged.
     """
-    settings = config.read_json(init / "config.json")
-    trained = ContrastiveModel(model.build_towers(begun), temperature=1.0, max_scale=settings["max_scale"]).eval()
+    max_scale = config.read_json(init / "config.json")["max_scale"]
+    towers = model.build_towers(begun)
+    trained = ContrastiveModel(towers, temperature=1.0, max_scale=max_scale).eval()
     model.load_weights(init, trained)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(init / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{init / 'tokenizer'}: damaged or missing ({error})") from None
-    if template := settings.get("caption"):
-        texts = [caption(template, info) for info in shards.card.classes]
-    else:
-        texts = [shards.captions[number] for number in shards.class_captions]
-    tower = trained.towers["text"]
-    vectors = [tower(tokens) for tokens in captions.tokenise(tokenizer, texts).split(64)]
-    return trained.scale() * normalize(torch.cat(vectors), dim=1)
+    texts = pretrained.class_texts(init, shards)
+    return trained.scale() * pretrained.caption_vectors(init, towers["text"], texts)
 
 
 def check_fits(cfg: FinetuneConfig, begun: ModelSpec, card: Card) -> None:
