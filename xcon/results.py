@@ -126,7 +126,7 @@ def write(report: dict[str, Any], out: Path) -> None:
     elif out.suffix == ".parquet":
         pq.write_table(runs_table(report), buffer, compression="zstd")
     elif out.suffix == ".png":
-        from xcon import chart  # here, since matplotlib takes a second to import: more than all else of a command
+        from xcon import chart  # noqa: PLC0415 - matplotlib alone takes a second to import
 
         chart.figure(report).savefig(buffer, format="png")
     else:
