@@ -6,18 +6,7 @@ source slurm/site.sh
 
 config=${XCON_ACCELERATE_CONFIG:-accelerate_configs/ddp.yaml}
 nodes=$SLURM_NNODES
-cpus=${SLURM_CPUS_PER_TASK:-1}
-gpus=${SLURM_GPUS_ON_NODE:-0}
-if ((gpus > 0)); then
-  processes=$gpus
-  workers=$((cpus > gpus ? cpus / gpus - 1 : 0)) # the process itself needs a core, too
-  export OMP_NUM_THREADS=1
-else
-  processes=1
-  workers=$((cpus / 4)) # decoding is a small part of a step that no GPU computes
-  export OMP_NUM_THREADS=$((cpus - workers))
-  export CUDA_VISIBLE_DEVICES= # no GPU was allotted, so none is used, even if one can be seen
-fi
+share_cores
 
 rendezvous=()
 if ((nodes > 1)); then # alone, c10d would take one and the same port in every job

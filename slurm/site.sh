@@ -62,6 +62,23 @@ become() { # COMMAND [ARGUMENT ...]
   exec "${container[@]}" bash -c 'source "$0" && exec "$@"' "$environment" "$@"
 }
 
+# Shares this node's cores out: sets `processes`, one per GPU or one without, `workers`, each one's to decode, and the
+# threads of each.
+# shellcheck disable=SC2034 # the caller reads them
+share_cores() {
+  local cpus=${SLURM_CPUS_PER_TASK:-1} gpus=${SLURM_GPUS_ON_NODE:-0}
+  if ((gpus > 0)); then
+    processes=$gpus
+    workers=$((cpus > gpus ? cpus / gpus - 1 : 0)) # the process itself needs a core, too
+    export OMP_NUM_THREADS=1
+  else
+    processes=1
+    workers=$((cpus / 4)) # decoding is a small part of a step that no GPU computes
+    export OMP_NUM_THREADS=$((cpus - workers))
+    export CUDA_VISIBLE_DEVICES= # no GPU was allotted, so none is used, even if one can be seen
+  fi
+}
+
 # Runs an entry point on all nodes of this job as one world: one task per node, each of them slurm/launch.sh.
 train() { # SCRIPT RECIPE [ARGUMENT ...]
   if [ $# -lt 2 ]; then

@@ -76,7 +76,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_scripts_pass_shellcheck():
     scripts = [*ROOT.glob("slurm/*.sh"), ROOT / "tests/minislurm.sh"]
-    assert len(scripts) >= 6
+    assert len(scripts) >= 7
     done = subprocess.run(
         [BIN / "shellcheck", "--external-sources", *scripts],
         cwd=ROOT,
@@ -87,7 +87,7 @@ def test_scripts_pass_shellcheck():
     assert done.stdout + done.stderr == ""
 
 
-@pytest.mark.parametrize("script", ["build_shards", "pretrain", "finetune"])
+@pytest.mark.parametrize("script", ["build_shards", "pretrain", "finetune", "reproduce"])
 def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Path):
     done = subprocess.run(
         ["bash", ROOT / f"slurm/{script}.sh", "demo"],
@@ -98,6 +98,21 @@ def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Pat
     )
     assert done.returncode == 2
     assert "submit from the top of the repository" in done.stderr
+
+
+def test_reproduce_is_an_array_job() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
+    done = subprocess.run(
+        ["bash", "slurm/reproduce.sh", "laptop", "--shards", "none", "--out", "none"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("no task of an array: sbatch --array=0-17 slurm/reproduce.sh ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
@@ -205,6 +220,31 @@ def test_shards_then_pretraining_then_finetuning(cluster: Cluster, tmp_path: Pat
         assert (start["event"], start["processes"]) == ("start", 2)
         assert steps
         assert (run / "model.safetensors").exists()
+
+
+@pytest.mark.slurm
+def test_an_array_makes_the_table(cluster: Cluster, tiny_shards: Path, tmp_path: Path):
+    """Two parts, one per node; a third task has none. The last of the two to end makes the table of both."""
+    out = tmp_path / "the table"
+    job = cluster.submit(
+        *("--array=0-2", f"--output={cluster.logs}/%A_%a.out"),
+        *("slurm/reproduce.sh", "laptop", "--shards", str(tiny_shards), "--out", str(out), "--seeds", "1"),
+        *("--rows", "inception", "inception-meta", "--passes", "1"),
+        *("--backbone", "test_resnet", "--image-weights", "none", "--image-size", "32"),
+    )
+    assert cluster.wait(f"{job}_2") == "FAILED"
+    assert "xcon reproduce: --task 2: there are 2, counted from 0\n" in cluster.log(f"{job}_2")
+    for task in (f"{job}_0", f"{job}_1"):
+        assert cluster.wait(task) == "COMPLETED", cluster.log(task)
+        assert f"xcon: task {task[-1]} on node" in cluster.log(task)
+    assert sum("the table waits for" in cluster.log(f"{job}_{n}") for n in (0, 1)) <= 1
+
+    image, channels = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["label"] for row in (image, channels)] == ["image only (Inception V3)", "+ meta channels"]
+    for row, run in ((image, out / "inception-0"), (channels, out / "inception-meta-0")):
+        measured = json.loads((run / "metrics.json").read_text())
+        assert (row["n"], row["top1"]["mean"]) == (measured["n"], measured["top1"])
+        assert json.loads((run / "config.json").read_text())["workers"] == 0  # of one core
 
 
 @pytest.mark.slurm

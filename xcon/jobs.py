@@ -2,15 +2,20 @@
 
 import concurrent.futures
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+
+from xcon.config import flag, read_json
+from xcon.records import atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,26 @@ class Step:
     def is_done(self) -> bool:
         """Whether it was done, by this run or an earlier one."""
         return self.done.is_file()
+
+
+def keep(file: Path, settings: Mapping[str, Any], *, may_change: Collection[str]) -> None:
+    """Keeps the settings that a job was begun with, since what is done of it was done with them.
+
+    Args:
+        file: JSON beside the results; written where it is not there yet.
+        settings: name -> value.
+        may_change: names of those that another time may be others.
+
+    Raises:
+        ValueError: the job was begun with others.
+    """
+    fixed = {name: value for name, value in settings.items() if name not in may_change}
+    if not file.is_file():
+        with atomic_write(file) as out:
+            out.write((json.dumps(fixed, indent=1) + "\n").encode())
+    begun = read_json(file)
+    if changes := [f"{flag(n)} was {begun.get(n)}, now {v}" for n, v in fixed.items() if begun.get(n) != v]:
+        raise ValueError(f"{file.parent}: begun with other settings ({'; '.join(changes)}): choose another --out")
 
 
 def run(steps: Sequence[Step], *, logs: Path, at_once: int, console: Console) -> None:

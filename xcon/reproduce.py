@@ -1,11 +1,11 @@
 """The paper's whole table by one command: every system of section 4, every seed, on the same shards.
 
     xcon reproduce laptop --shards DIR --out DIR [--seeds 3] [--backbone NAME --image-weights FILE] [--passes 12]
-    sbatch --array=0-11 slurm/reproduce.sh paper --shards DIR --out DIR         # each task does a part of it
+    sbatch --array=0-17 slurm/reproduce.sh paper --shards DIR --out DIR         # each task does a part of it
 
 Each step is a command that you could type; --list shows them all. What is done already is not done again, and what
 was interrupted goes on from its last checkpoint. With the last step the table is made: results.md, .json, .parquet
-and .png in --out.
+and .png in --out; tasks that end together may both make it, the same one, and each file is replaced whole.
 """
 
 import dataclasses
@@ -18,10 +18,13 @@ from rich.console import Console
 
 from xcon import commandline, comparison, jobs, results, runfiles
 from xcon.jobs import Step
+from xcon.records import SPLITS
 from xcon.systems import SYSTEMS, System, chains
 
 PROGRAM = "xcon reproduce"
 RESAMPLES = 10_000  # of the paired bootstrap
+# Settings that leave every run as it is; the others stay as --out was begun with.
+MAY_CHANGE = ("shards", "out", "seeds", "rows", "test", "workers", "at_once", "launch", "task", "list")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +84,14 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 is needed")
         if not 0 < self.pretraining < 1:
             raise ValueError(f"--pretraining {self.pretraining}: a share in (0, 1) is needed")
-        if self.passes is not None and self.passes < 4:
-            raise ValueError(f"--passes {self.passes}: pre-training on two views and fine-tuning need 4")
+        if self.passes is None and self.pretraining != Settings.pretraining:
+            raise ValueError(f"--pretraining {self.pretraining}: unused, give --passes too")
+        if self.text_frozen and (self.text_model or self.size) in ("small-distilbert", "laptop"):
+            raise ValueError("--text-frozen: the small text model is untrained and stays so; give --text-model")
         for name in self.test:
-            runfiles.check_name(name)
+            runfiles.check_name(name, "--test", taken=(*SPLITS, *known))
+        for row in self.systems:
+            plan(self, row, seed=0)  # refuses too few passes
         parts = len(parts_of(self))
         if self.task is not None and not 0 <= self.task < parts:
             raise ValueError(f"--task {self.task}: there are {parts}, counted from 0")
@@ -112,6 +119,7 @@ def reproduce() -> None:
             console.print("done" if step.is_done else "open", shlex.join(step.command), markup=False)
         return
     (settings.out / "logs").mkdir(parents=True, exist_ok=True)
+    jobs.keep(settings.out / "settings.json", vars(settings), may_change=MAY_CHANGE)
     jobs.run(mine, logs=settings.out / "logs", at_once=settings.at_once, console=console)
     if missing := [step for step in steps_of(settings, parts) if not step.is_done]:
         console.print(f"This part is done; the table waits for {len(missing)} steps of others.")
@@ -146,9 +154,8 @@ def parts_of(settings: Settings) -> list[tuple[tuple[str, ...], int]]:
 
 def steps_of(settings: Settings, parts: list[tuple[tuple[str, ...], int]]) -> list[Step]:
     """The steps of some parts, each once, in an order in which they can be run."""
-    return list(
-        dict.fromkeys(step for chain, seed in parts for row in chain for step in plan(settings, row, seed))
-    )
+    steps = (step for chain, seed in parts for row in chain for step in plan(settings, row, seed))
+    return list(dict.fromkeys(steps))
 
 
 def plan(settings: Settings, row: str, seed: int) -> list[Step]:
@@ -156,10 +163,8 @@ def plan(settings: Settings, row: str, seed: int) -> list[Step]:
     system = SYSTEMS[settings.size][row]
     if system.of:
         base = plan(settings, system.of, seed)
-        return [
-            *base,
-            *(_multiply if system.prior else _judge)(settings, row, seed, (base[0].name, base[-1].name)),
-        ]
+        more = _multiply if system.prior else _judge
+        return [*base, *more(settings, row, seed, tuple(step.name for step in base))]
     steps: list[Step] = []
     out = settings.out / f"{row}-{seed}"
     before, after = system.epochs(settings.passes, settings.pretraining)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xcon import chart, comparison, metrics, records
+from xcon import comparison, metrics, records
 
 HEADINGS = ("row (%)", "images", "seeds", "top-1", "top-5", "mean per class", "ECE")
 CONTROLS = {"without_meta": "no meta", "shuffled_meta": "shuffled meta", metrics.META_ONLY: "meta only"}
@@ -126,6 +126,8 @@ def write(report: dict[str, Any], out: Path) -> None:
     elif out.suffix == ".parquet":
         pq.write_table(runs_table(report), buffer, compression="zstd")
     elif out.suffix == ".png":
+        from xcon import chart  # noqa: PLC0415 - matplotlib alone takes a second to import
+
         chart.figure(report).savefig(buffer, format="png")
     else:
         buffer.write((json.dumps(report, indent=1) + "\n").encode())

@@ -6,6 +6,8 @@ size `laptop` all take the same network and rates, and differ in their method al
 
 import dataclasses
 
+from xcon.recipes import FINETUNE
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
@@ -43,11 +45,21 @@ class System:
         Args:
             passes: over the training photographs; None: as the recipes have it.
             share: of them for pre-training.
+
+        Raises:
+            ValueError: too few are left for fine-tuning.
         """
-        if passes is None:
+        if passes is None or not self.finetune:
             return (), ()
         before = max(1, round(share * passes / self.views)) if self.pretrain else 0
-        return ("--epochs", str(before)), ("--epochs", str(passes - before * self.views))
+        after = passes - before * self.views
+        fewest = 1 + FINETUNE[self.finetune[0]][1].late_epochs
+        if after < fewest:
+            raise ValueError(
+                f"--passes {passes}: too few for {self.title!r}: pre-training takes {before * self.views}, and "
+                f"fine-tuning needs {fewest}"
+            )
+        return ("--epochs", str(before)), ("--epochs", str(after))
 
 
 _META = ("--modalities", "image", "meta")
