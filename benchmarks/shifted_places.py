@@ -11,8 +11,8 @@ record of its species drawn from
 - sites: whole sites (records within 40 km of one another) that no training record has. Training records there lose
   their place and date, so models are trained again on this set; on the other two they are only tested:
 
-    xcon reproduce laptop --shards SHARDS --out OUT ... --test years DIR/years points DIR/points
-    xcon reproduce laptop --shards DIR/sites --out OUT-sites ...
+    xcon reproduce --size laptop --shards SHARDS --out OUT ... --test years DIR/years points DIR/points
+    xcon reproduce --size laptop --shards DIR/sites --out OUT-sites ...
 
 A photograph whose species has no such record has no metadata; how many is printed.
 """

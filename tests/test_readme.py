@@ -19,6 +19,10 @@ SMALL_START = [*SMALL, "--image-weights", "none", "--text-model", "small-distilb
 CHANGED = {
     "xcon pretrain laptop": ["--epochs", "1", "--image-backbone", "test_resnet", "--image-size", "64"],
     "xcon finetune laptop": ["--epochs", "1", "--image-size", "64"],
+    "xcon finetune laptop-image": ["--epochs", "1", "--image-size", "64"],
+    "xcon reproduce --size laptop": [
+        *("--seeds", "1", "--budget", "4", "--backbone", "test_resnet", "--image-size", "64", "--workers", "0"),
+    ],
     "accelerate launch xcon/pretrain.py paper": SMALL_START,
     "accelerate launch xcon/finetune.py paper": SMALL,
     "accelerate launch --config_file accelerate_configs/ddp.yaml xcon/pretrain.py demo": ["--epochs", "1"],

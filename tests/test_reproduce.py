@@ -20,22 +20,23 @@ from xcon.reproduce import Settings
 from xcon.systems import SYSTEMS, System, chains
 
 ROOT = Path(__file__).parent.parent
+LAPTOP = ("--size", "laptop")
 TINY = ("--backbone", "test_resnet", "--image-weights", "none", "--image-size", "32", "--workers", "0")
 
 PLANS = [
     {},
-    {"passes": 12, "seeds": 1},
+    {"budget": 12, "seeds": 1},
     {"test": {"drawn": Path("drawn"), "years-later": Path("later")}, "seeds": 2},
     {
         "backbone": "test_vit", "image_options": {"img_size": "64", "pad_type": "same"}, "image_weights": "none",
-        "image_size": 64, "text_model": "words", "text_frozen": True, "passes": 6, "workers": 0,
+        "image_size": 64, "text_model": "words", "text_frozen": True, "budget": 6, "workers": 0,
     },
     {"launch": "accelerate launch --num_processes 4", "rows": ("clip", "trusting")},
 ]  # fmt: skip
 
 
 def plan_of(size: str, **settings: Any) -> list[Step]:
-    made = Settings(size, Path("shards"), Path("out"), **settings)
+    made = Settings(Path("shards"), Path("out"), size=size, **settings)
     return reproduce.steps_of(made, reproduce.parts_of(made))
 
 
@@ -71,7 +72,7 @@ def test_steps_by_hand() -> None:
 
 
 def test_commands_by_hand() -> None:
-    steps = {s.name: s for s in plan_of("paper", seeds=2, passes=12, test={"drawn": Path("b")})}
+    steps = {s.name: s for s in plan_of("paper", seeds=2, budget=12, test={"drawn": Path("b")})}
     prior, judged = steps["geoprior-1-drawn"], steps["predict-best-1-drawn-trusting"]
     assert " ".join(steps["supcon-pretrain-1"].command) == (
         "xcon pretrain supcon --shards shards --out out/supcon-pretrain-1 --seed 1 --workers 2 --epochs 2"
@@ -119,7 +120,7 @@ def test_every_command_is_read_by_its_parser(
             begun = made[found.init][1] if found.init else None
             assert found.image_size == begun.image_size if begun else found.image_backbone
             seen = found.epochs + (begun.epochs * begun.views if begun else 0)
-            assert seen == settings.get("passes", seen)
+            assert seen == settings.get("budget", seen)
     assert len({step.name for step in steps}) == len({step.done for step in steps}) == len(steps)
 
 
@@ -128,7 +129,7 @@ def test_every_command_is_read_by_its_parser(
 def test_every_part_is_a_task_and_every_evaluation_a_step(size: str, settings: dict[str, Any]) -> None:
     """Each step is one task's, so that tasks never write to one folder; the tables need what some step makes."""
     everything = plan_of(size, **settings)
-    whole = Settings(size, Path("shards"), Path("out"), **settings)
+    whole = Settings(Path("shards"), Path("out"), size=size, **settings)
     parts = reproduce.parts_of(whole)
     tasks = [reproduce.steps_of(whole, [part]) for part in parts]
     assert collections.Counter(step for steps in tasks for step in steps) == collections.Counter(everything)
@@ -150,7 +151,7 @@ def test_chains_by_hand() -> None:
 
 
 def test_the_script_says_how_many_tasks_there_are() -> None:
-    parts = {size: len(reproduce.parts_of(Settings(size, Path("a"), Path("b")))) for size in SYSTEMS}
+    parts = {size: len(reproduce.parts_of(Settings(Path("a"), Path("b"), size=size))) for size in SYSTEMS}
     assert parts == {"paper": 6 * 3, "laptop": 5 * 3}
     script = (ROOT / "slurm/reproduce.sh").read_text()
     assert "18 of size paper with three\n# seeds, 15 of laptop" in script
@@ -159,7 +160,7 @@ def test_the_script_says_how_many_tasks_there_are() -> None:
 
 def test_rows_bring_what_they_build_on() -> None:
     """In the table is what was asked for alone."""
-    settings = Settings("laptop", Path("shards"), Path("out"), seeds=1, rows=("softmax", "trusting"))
+    settings = Settings(Path("shards"), Path("out"), size="laptop", seeds=1, rows=("softmax", "trusting"))
     steps = [step.name for step in reproduce.steps_of(settings, reproduce.parts_of(settings))]
     assert steps == [
         *("inception-0", "predict-inception-0", "softmax-0"),
@@ -205,24 +206,51 @@ def test_epochs_add_up_to_passes() -> None:
 
 
 WRONG = {
-    "unknown row": (["laptop", "--rows", "clip", "clap"], "--rows clap: no such system; there are inception, "),
-    "task too high": (["laptop", "--task", "15"], "--task 15: there are 15, counted from 0"),
-    "task of few rows": (["laptop", "--rows", "clip", "--seeds", "2", "--task", "2"], "--task 2: there are 2"),
-    "task below zero": (["paper", "--task", "-1"], "--task -1: there are 18"),
-    "too few passes": (["laptop", "--passes", "2"], "--passes 2: too few for '+ contrastive learning'"),
-    "too few before a late size": (["paper", "--passes", "5"], "--passes 5: too few for 'Ours, as recommended'"),
-    "too few for what a row needs": (["paper", "--rows", "trusting", "--passes", "4"], "fine-tuning needs 4"),
-    "nothing left": (["laptop", "--passes", "9", "--pretraining", "0.95"], "fine-tuning needs 1"),
-    "no share": (["laptop", "--passes", "9", "--pretraining", "1"], "--pretraining 1.0: a share in (0, 1)"),
-    "share of nothing": (["laptop", "--pretraining", "0.5"], "--pretraining 0.5: unused, give --passes too"),
-    "no seeds": (["laptop", "--seeds", "0"], "--seeds 0: at least 1"),
-    "none at once": (["laptop", "--at-once", "0"], "--at-once 0: at least 1"),
-    "name of a test": (["laptop", "--test", "a b", "dir"], "--test 'a b': letters and digits are needed"),
-    "test called as a split": (["laptop", "--test", "val", "dir"], "--test val: other results are called so"),
-    "test called as a row": (["laptop", "--test", "trusting", "dir"], "--test trusting: other results"),
-    "frozen and untrained": (["laptop", "--text-frozen"], "--text-frozen: the small text model is untrained"),
-    "unknown size": (["huge"], "huge"),
-    "unknown setting": (["laptop", "--pases", "4"], "--pases"),
+    "unknown row": (
+        [*LAPTOP, "--rows", "clip", "clap"],
+        "--rows clap: no such system; there are inception, ",
+    ),
+    "task too high": ([*LAPTOP, "--task", "15"], "--task 15: there are 15, counted from 0"),
+    "task of few rows": (
+        [*LAPTOP, "--rows", "clip", "--seeds", "2", "--task", "2"],
+        "--task 2: there are 2",
+    ),
+    "task below zero": (["--task", "-1"], "--task -1: there are 18"),
+    "too few passes": ([*LAPTOP, "--budget", "2"], "--budget 2: too few for '+ contrastive learning'"),
+    "too few before a late size": (
+        ["--size", "paper", "--budget", "5"],
+        "--budget 5: too few for 'Ours, as recommended'",
+    ),
+    "too few for what a row needs": (
+        ["--size", "paper", "--rows", "trusting", "--budget", "4"],
+        "fine-tuning needs 4",
+    ),
+    "nothing left": ([*LAPTOP, "--budget", "9", "--pretraining", "0.95"], "fine-tuning needs 1"),
+    "no share": (
+        [*LAPTOP, "--budget", "9", "--pretraining", "1"],
+        "--pretraining 1.0: a share in (0, 1)",
+    ),
+    "share of nothing": (
+        [*LAPTOP, "--pretraining", "0.5"],
+        "--pretraining 0.5: unused, give --budget too",
+    ),
+    "no seeds": ([*LAPTOP, "--seeds", "0"], "--seeds 0: at least 1"),
+    "none at once": ([*LAPTOP, "--at-once", "0"], "--at-once 0: at least 1"),
+    "name of a test": (
+        [*LAPTOP, "--test", "a b", "dir"],
+        "--test 'a b': letters and digits are needed",
+    ),
+    "test called as a split": (
+        [*LAPTOP, "--test", "val", "dir"],
+        "--test val: other results are called so",
+    ),
+    "test called as a row": ([*LAPTOP, "--test", "trusting", "dir"], "--test trusting: other results"),
+    "frozen and untrained": (
+        [*LAPTOP, "--text-frozen"],
+        "--text-frozen: the small text model is untrained",
+    ),
+    "unknown size": (["--size", "huge"], "huge"),
+    "unknown setting": ([*LAPTOP, "--bugdet", "4"], "--bugdet"),
 }
 
 
@@ -242,7 +270,7 @@ def test_a_list_is_there_at_once() -> None:
     """Without what takes a second or ten to import."""
     code = (
         "import sys; from xcon import reproduce\n"
-        "sys.argv = ['xcon', 'laptop', '--shards', 'a', '--out', 'b', '--seeds', '1', '--list']\n"
+        "sys.argv = ['xcon', '--shards', 'a', '--out', 'b', '--seeds', '1', '--list']\n"
         "reproduce.main(); assert not {'torch', 'matplotlib'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
@@ -255,8 +283,20 @@ def test_a_list_is_there_at_once() -> None:
 def test_a_part_that_is_done_waits_for_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """And a folder keeps to the settings it was begun with."""
     out = tmp_path / "out"
-    argv = ["laptop", "--shards", "none", "--out", str(out), "--rows", "inception", "clip", "--passes", "4"]
-    settings = Settings("laptop", Path("none"), out, rows=("inception", "clip"))
+    argv = [
+        "--size",
+        "laptop",
+        "--shards",
+        "none",
+        "--out",
+        str(out),
+        "--rows",
+        "inception",
+        "clip",
+        "--budget",
+        "4",
+    ]
+    settings = Settings(Path("none"), out, size="laptop", rows=("inception", "clip"))
     for step in reproduce.steps_of(settings, [(("inception",), 2)]):
         step.done.parent.mkdir(parents=True, exist_ok=True)
         step.done.touch()
@@ -266,7 +306,7 @@ def test_a_part_that_is_done_waits_for_the_others(tmp_path: Path, capsys: pytest
     assert commands.run(reproduce.main, [*argv, "--task", "4", "--workers", "1", "--seeds", "4"]) == 0
     capsys.readouterr()
     assert commands.run(reproduce.main, [*argv[:-1], "6", "--task", "4", "--image-size", "64"]) == 2
-    changes = "--passes was 4, now 6; --image-size was None, now 64"
+    changes = "--budget was 4, now 6; --image-size was None, now 64"
     error = f"xcon reproduce: {out}: begun with other settings ({changes}): choose another --out\n"
     assert capsys.readouterr().err == error
 
@@ -408,9 +448,21 @@ def test_a_program_that_is_not_there_is_named(work: Work) -> None:
 def test_the_table(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Every row of size laptop: its numbers are those of its run; again, nothing runs and nothing changes."""
     out, again = tmp_path / "out", tmp_path / "again"
-    argv = ["laptop", "--shards", str(tiny_shards), *TINY, "--seeds", "1", "--passes", "4", "--at-once", "2"]
+    argv = [
+        "--size",
+        "laptop",
+        "--shards",
+        str(tiny_shards),
+        *TINY,
+        "--seeds",
+        "1",
+        "--budget",
+        "4",
+        "--at-once",
+        "2",
+    ]
     assert commands.run(reproduce.main, [*argv, "--out", str(out)]) == 0, capsys.readouterr().err
-    settings = Settings("laptop", tiny_shards, out, seeds=1)
+    settings = Settings(tiny_shards, out, size="laptop", seeds=1)
     report = json.loads((out / "results.json").read_text())
     folders, names, titles = reproduce.evaluations(settings, "")
     assert [row["label"] for row in report["rows"]] == titles

@@ -103,7 +103,7 @@ def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Pat
 def test_reproduce_is_an_array_job() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
     done = subprocess.run(
-        ["bash", "slurm/reproduce.sh", "laptop", "--shards", "none", "--out", "none"],
+        ["bash", "slurm/reproduce.sh", "--size", "laptop", "--shards", "none", "--out", "none"],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -228,8 +228,18 @@ def test_an_array_makes_the_table(cluster: Cluster, tiny_shards: Path, tmp_path:
     out = tmp_path / "the table"
     job = cluster.submit(
         *("--array=0-2", f"--output={cluster.logs}/%A_%a.out"),
-        *("slurm/reproduce.sh", "laptop", "--shards", str(tiny_shards), "--out", str(out), "--seeds", "1"),
-        *("--rows", "inception", "inception-meta", "--passes", "1"),
+        *(
+            "slurm/reproduce.sh",
+            "--size",
+            "laptop",
+            "--shards",
+            str(tiny_shards),
+            "--out",
+            str(out),
+            "--seeds",
+            "1",
+        ),
+        *("--rows", "inception", "inception-meta", "--budget", "1"),
         *("--backbone", "test_resnet", "--image-weights", "none", "--image-size", "32"),
     )
     assert cluster.wait(f"{job}_2") == "FAILED"

@@ -1,7 +1,7 @@
 """The paper's whole table by one command: every system of section 4, every seed, on the same shards.
 
-    xcon reproduce laptop --shards DIR --out DIR [--seeds 3] [--backbone NAME --image-weights FILE] [--passes 12]
-    sbatch --array=0-17 slurm/reproduce.sh paper --shards DIR --out DIR         # each task does a part of it
+    xcon reproduce --shards DIR --out DIR [--size laptop --backbone NAME --image-weights FILE --seeds 3 ...]
+    sbatch --array=0-17 slurm/reproduce.sh --shards DIR --out DIR         # each task does a part of it
 
 Each step is a command that you could type; --list shows them all. What is done already is not done again, and what
 was interrupted goes on from its last checkpoint. With the last step the table is made: results.md, .json, .parquet
@@ -11,9 +11,8 @@ and .png in --out; tasks that end together may both make it, the same one, and e
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from rich.console import Console
 
 from xcon import commandline, comparison, jobs, results, runfiles
@@ -31,20 +30,20 @@ MAY_CHANGE = ("shards", "out", "seeds", "rows", "test", "workers", "at_once", "l
 class Settings:
     """Trains and evaluates the six systems of the paper's table, and what they are compared with."""
 
-    size: Annotated[Literal["paper", "laptop"], tyro.conf.Positional]
-    """paper: the recipes of the paper, for GPUs. laptop: the same methods at a size for two cores."""
     shards: Path
     """Shard set with the splits train and test."""
     out: Path
     """Folder for all runs and the table."""
+    size: Literal["paper", "laptop"] = "paper"
+    """paper: the recipes of the paper, for GPUs. laptop: the same methods at a size for two cores."""
     seeds: int = 3
     """Runs of every system."""
     rows: tuple[str, ...] = ()
     """Systems to run; all where none is named."""
-    passes: int | None = None
+    budget: int | None = None
     """Times that a system sees each training photograph, pre-training included; none: as the recipes have it."""
     pretraining: float = 0.4
-    """Share of --passes that goes into pre-training, where a system has it."""
+    """Share of --budget that goes into pre-training, where a system has it."""
     backbone: str | None = None
     """One timm network for all systems; none: those of the recipes."""
     image_options: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -84,8 +83,8 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 is needed")
         if not 0 < self.pretraining < 1:
             raise ValueError(f"--pretraining {self.pretraining}: a share in (0, 1) is needed")
-        if self.passes is None and self.pretraining != Settings.pretraining:
-            raise ValueError(f"--pretraining {self.pretraining}: unused, give --passes too")
+        if self.budget is None and self.pretraining != Settings.pretraining:
+            raise ValueError(f"--pretraining {self.pretraining}: unused, give --budget too")
         if self.text_frozen and (self.text_model or self.size) in ("small-distilbert", "laptop"):
             raise ValueError("--text-frozen: the small text model is untrained and stays so; give --text-model")
         for name in self.test:
@@ -135,10 +134,10 @@ def reproduce() -> None:
 
 def budget(settings: Settings) -> str:
     """What each system was given, for the notes of the table."""
-    if settings.passes is None:
+    if settings.budget is None:
         return "Every system was trained as its recipe has it."
     return (
-        f"Every system saw each training photograph {settings.passes} times, pre-training included; a row that "
+        f"Every system saw each training photograph {settings.budget} times, pre-training included; a row that "
         "takes the weights or scores of another adds nothing."
     )
 
@@ -167,7 +166,7 @@ def plan(settings: Settings, row: str, seed: int) -> list[Step]:
         return [*base, *more(settings, row, seed, tuple(step.name for step in base))]
     steps: list[Step] = []
     out = settings.out / f"{row}-{seed}"
-    before, after = system.epochs(settings.passes, settings.pretraining)
+    before, after = system.epochs(settings.budget, settings.pretraining)
     start = _network(settings)
     if system.pretrain:
         begun = settings.out / f"{system.shares or row}-pretrain-{seed}"

@@ -56,7 +56,7 @@ class System:
         fewest = 1 + FINETUNE[self.finetune[0]][1].late_epochs
         if after < fewest:
             raise ValueError(
-                f"--passes {passes}: too few for {self.title!r}: pre-training takes {before * self.views}, and "
+                f"--budget {passes}: too few for {self.title!r}: pre-training takes {before * self.views}, and "
                 f"fine-tuning needs {fewest}"
             )
         return ("--epochs", str(before)), ("--epochs", str(after))
