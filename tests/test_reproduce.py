@@ -63,6 +63,7 @@ def test_steps_by_hand() -> None:
         *("inception-meta-0", "predict-inception-meta-0"),
         *("supcon-pretrain-0", "supcon-0", "predict-supcon-0"),
         *("clip-pretrain-0", "clip-0", "predict-clip-0"),
+        *("experts-0", "predict-experts-0"),
     ]
     best = ["best-0", "predict-best-0", "predict-best-0-trusting"]
     paper = ["paper-0", "predict-paper-0"]
@@ -142,7 +143,7 @@ def test_every_part_is_a_task_and_every_evaluation_a_step(size: str, settings: d
 
 
 def test_chains_by_hand() -> None:
-    alone = [("inception-meta",), ("supcon",), ("clip",)]
+    alone = [("inception-meta",), ("supcon",), ("clip",), ("experts",)]
     inception = ("inception", "geoprior", "softmax")
     assert chains(SYSTEMS["laptop"]) == [inception, *alone, ("paper", "trusting", "best")]
     assert chains(SYSTEMS["paper"]) == [inception, *alone, ("paper",), ("trusting", "best")]
@@ -152,10 +153,10 @@ def test_chains_by_hand() -> None:
 
 def test_the_script_says_how_many_tasks_there_are() -> None:
     parts = {size: len(reproduce.parts_of(Settings(Path("a"), Path("b"), size=size))) for size in SYSTEMS}
-    assert parts == {"paper": 6 * 3, "laptop": 5 * 3}
+    assert parts == {"paper": 7 * 3, "laptop": 6 * 3}
     script = (ROOT / "slurm/reproduce.sh").read_text()
-    assert "18 of size paper with three\n# seeds, 15 of laptop" in script
-    assert script.count("--array=0-17") == (reproduce.__doc__ or "").count("--array=0-17") + 1 == 2
+    assert "21 of size paper with three\n# seeds, 18 of laptop" in script
+    assert script.count("--array=0-20") == (reproduce.__doc__ or "").count("--array=0-20") + 1 == 2
 
 
 def test_rows_bring_what_they_build_on() -> None:
@@ -210,12 +211,12 @@ WRONG = {
         [*LAPTOP, "--rows", "clip", "clap"],
         "--rows clap: no such system; there are inception, ",
     ),
-    "task too high": ([*LAPTOP, "--task", "15"], "--task 15: there are 15, counted from 0"),
+    "task too high": ([*LAPTOP, "--task", "18"], "--task 18: there are 18, counted from 0"),
     "task of few rows": (
         [*LAPTOP, "--rows", "clip", "--seeds", "2", "--task", "2"],
         "--task 2: there are 2",
     ),
-    "task below zero": (["--task", "-1"], "--task -1: there are 18"),
+    "task below zero": (["--task", "-1"], "--task -1: there are 21"),
     "too few passes": ([*LAPTOP, "--budget", "2"], "--budget 2: too few for '+ contrastive learning'"),
     "too few before a late size": (
         ["--size", "paper", "--budget", "5"],

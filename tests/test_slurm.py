@@ -111,7 +111,7 @@ def test_reproduce_is_an_array_job() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("no task of an array: sbatch --array=0-17 slurm/reproduce.sh ")
+    assert done.stderr.startswith("no task of an array: sbatch --array=0-20 slurm/reproduce.sh ")
     assert done.stderr.count("\n") == 1
 
 

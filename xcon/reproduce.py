@@ -1,7 +1,7 @@
 """The paper's whole table by one command: every system of section 4, every seed, on the same shards.
 
     xcon reproduce --shards DIR --out DIR [--size laptop --backbone NAME --image-weights FILE --seeds 3 ...]
-    sbatch --array=0-17 slurm/reproduce.sh --shards DIR --out DIR         # each task does a part of it
+    sbatch --array=0-20 slurm/reproduce.sh --shards DIR --out DIR         # each task does a part of it
 
 Each step is a command that you could type; --list shows them all. What is done already is not done again, and what
 was interrupted goes on from its last checkpoint. With the last step the table is made: results.md, .json, .parquet

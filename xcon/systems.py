@@ -79,6 +79,7 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "clip": System(title="CLIP (ResNet-50)", paper=81.66, pretrain=("clip",), finetune=("image",)),
         "geoprior": _GEOPRIOR,
         "softmax": _SOFTMAX,
+        "experts": System(title="Ours, without pre-training", finetune=("best", "--meta-encoding", "xyz")),
         "paper": System(title="Ours, as in the paper", paper=84.44, pretrain=("paper",), finetune=("paper",)),
         "trusting": _TRUSTING,
         "best": System(title="Ours, as recommended", pretrain=("best",), finetune=("best",)),
@@ -102,6 +103,7 @@ SYSTEMS: dict[str, dict[str, System]] = {
         ),
         "geoprior": dataclasses.replace(_GEOPRIOR, title="geo prior x image only", prior=("laptop",)),
         "softmax": dataclasses.replace(_SOFTMAX, title="place-and-date softmax x image only"),
+        "experts": System(title="ours, without pre-training", finetune=("laptop", "--meta-encoding", "xyz")),
         "paper": System(
             title="ours, the paper's classifier", paper=84.44, pretrain=("laptop",), shares="best",
             finetune=("laptop-image", *_META, *_MOVED, "--meta-lr", "3e-3"),
