@@ -271,14 +271,14 @@ def test_a_list_is_there_at_once() -> None:
     """Without what takes a second or ten to import."""
     code = (
         "import sys; from xcon import reproduce\n"
-        "sys.argv = ['xcon', '--shards', 'a', '--out', 'b', '--seeds', '1', '--list']\n"
+        "sys.argv = ['xcon', '--size', 'laptop', '--shards', 'a', '--out', 'b', '--seeds', '1', '--list']\n"
         "reproduce.main(); assert not {'torch', 'matplotlib'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     first, *steps = done.stdout.splitlines()
-    assert first == "18 steps in 5 parts, --task 0 to 4"
+    assert first == "20 steps in 6 parts, --task 0 to 5"
     assert steps[0] == "open xcon finetune laptop-image --shards a --out b/inception-0 --seed 0 --workers 2"
-    assert len(steps) == 18
+    assert len(steps) == 20
 
 
 def test_a_part_that_is_done_waits_for_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
