@@ -275,7 +275,7 @@ CASES = [
     Case(
         "no scientific names",
         lambda f: build(f, "--caption", "{scientific_name}"),
-        "has no 'scientific_name', only name, family",
+        "has no 'scientific_name', only name, species, plumage, family",
     ),
     Case("out holds a set", lambda f: build(f, out="set"), "set: already holds a shard set; name a new folder"),
     Case("out is occupied", occupied, "out: holds other files (thesis.txt)"),
