@@ -119,7 +119,7 @@ def test_every_command_is_read_by_its_parser(
             assert found.workers == settings.get("workers", 2)
         if command == "finetune":
             begun = made[found.init][1] if found.init else None
-            assert found.image_size == begun.image_size if begun else found.image_backbone
+            assert begun is None or found.image_size == begun.image_size
             seen = found.epochs + (begun.epochs * begun.views if begun else 0)
             assert seen == settings.get("budget", seen)
     assert len({step.name for step in steps}) == len({step.done for step in steps}) == len(steps)
