@@ -220,7 +220,7 @@ WRONG = {
     "too few passes": ([*LAPTOP, "--budget", "2"], "--budget 2: too few for '+ contrastive learning'"),
     "too few before a late size": (
         ["--size", "paper", "--budget", "5"],
-        "--budget 5: too few for 'Ours, an expert each'",
+        "--budget 5: too few for 'Ours, two experts'",
     ),
     "too few for what a row needs": (
         ["--size", "paper", "--rows", "trusting", "--budget", "4"],

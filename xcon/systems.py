@@ -66,7 +66,7 @@ _META = ("--modalities", "image", "meta")
 _MOVED = ("--meta-jitter-km", "100", "--meta-jitter-days", "10", "--meta-dropout", "0.1")
 _GEOPRIOR = System(title="Geo prior x Inception", paper=81.50, prior=("geoprior",), of="inception")
 _SOFTMAX = System(title="place-and-date softmax x Inception", prior=("softmax",), of="inception")
-_TRUSTING = System(title="Ours, an expert each, places trusted", predict=("--doubt", "0"), of="best")
+_TRUSTING = System(title="Ours, two experts, places trusted", predict=("--doubt", "0"), of="best")
 
 SYSTEMS: dict[str, dict[str, System]] = {
     "paper": {
@@ -79,10 +79,10 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "clip": System(title="CLIP (ResNet-50)", paper=81.66, pretrain=("clip",), finetune=("image",)),
         "geoprior": _GEOPRIOR,
         "softmax": _SOFTMAX,
-        "experts": System(title="Ours, an expert each, no pre-training", finetune=("best", "--meta-encoding", "xyz")),
+        "experts": System(title="Ours, two experts, no pre-training", finetune=("best", "--meta-encoding", "xyz")),
         "paper": System(title="Ours, as in the paper", paper=84.44, pretrain=("paper",), finetune=("paper",)),
         "trusting": _TRUSTING,
-        "best": System(title="Ours, an expert each", pretrain=("best",), finetune=("best",)),
+        "best": System(title="Ours, two experts", pretrain=("best",), finetune=("best",)),
     },
     "laptop": {
         "inception": System(title="image only (Inception V3)", paper=76.61, finetune=("laptop-image",)),
@@ -103,13 +103,13 @@ SYSTEMS: dict[str, dict[str, System]] = {
         ),
         "geoprior": dataclasses.replace(_GEOPRIOR, title="geo prior x image only", prior=("laptop",)),
         "softmax": dataclasses.replace(_SOFTMAX, title="place-and-date softmax x image only"),
-        "experts": System(title="ours, an expert each, no pre-training", finetune=("laptop", "--meta-encoding", "xyz")),
+        "experts": System(title="ours, two experts, no pre-training", finetune=("laptop", "--meta-encoding", "xyz")),
         "paper": System(
             title="ours, the paper's classifier", paper=84.44, pretrain=("laptop",), shares="best",
             finetune=("laptop-image", *_META, *_MOVED, "--meta-lr", "3e-3"),
         ),
-        "trusting": dataclasses.replace(_TRUSTING, title="ours, an expert each, places trusted"),
-        "best": System(title="ours, an expert each", pretrain=("laptop",), finetune=("laptop",)),
+        "trusting": dataclasses.replace(_TRUSTING, title="ours, two experts, places trusted"),
+        "best": System(title="ours, two experts", pretrain=("laptop",), finetune=("laptop",)),
     },
 }  # fmt: skip
 
