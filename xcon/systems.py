@@ -103,7 +103,9 @@ SYSTEMS: dict[str, dict[str, System]] = {
         ),
         "geoprior": dataclasses.replace(_GEOPRIOR, title="geo prior x image only", prior=("laptop",)),
         "softmax": dataclasses.replace(_SOFTMAX, title="place-and-date softmax x image only"),
-        "experts": System(title="ours, two experts, no pre-training", finetune=("laptop", "--meta-encoding", "xyz")),
+        "experts": System(
+            title="ours, two experts, no pre-training", finetune=("laptop", "--meta-encoding", "xyz")
+        ),
         "paper": System(
             title="ours, the paper's classifier", paper=84.44, pretrain=("laptop",), shares="best",
             finetune=("laptop-image", *_META, *_MOVED, "--meta-lr", "3e-3"),
