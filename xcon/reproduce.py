@@ -17,11 +17,10 @@ from rich.console import Console
 
 from xcon import commandline, comparison, jobs, results, runfiles
 from xcon.jobs import Step
-from xcon.records import SPLITS
+from xcon.records import SPLITS, Card
 from xcon.systems import SYSTEMS, System, chains
 
 PROGRAM = "xcon reproduce"
-RESAMPLES = 10_000  # of the paired bootstrap
 # Settings that leave every run as it is; the others stay as --out was begun with.
 MAY_CHANGE = ("shards", "out", "seeds", "rows", "test", "workers", "at_once", "launch", "task", "list")
 
@@ -117,6 +116,9 @@ def reproduce() -> None:
         for step in mine:
             console.print("done" if step.is_done else "open", shlex.join(step.command), markup=False)
         return
+    for folder in (settings.shards, *settings.test.values()):
+        if not all(step.is_done for step in mine):
+            Card.load(folder)  # what is no shard set is refused now, not after hours
     (settings.out / "logs").mkdir(parents=True, exist_ok=True)
     jobs.keep(settings.out / "settings.json", vars(settings), may_change=MAY_CHANGE)
     jobs.run(mine, logs=settings.out / "logs", at_once=settings.at_once, console=console)
@@ -125,7 +127,7 @@ def reproduce() -> None:
         return
     for test in ("", *settings.test):
         folders, names, titles = evaluations(settings, test)
-        report = comparison.compare(folders, resamples=RESAMPLES, names=names, labels=titles, baseline="last")
+        report = comparison.compare(folders, resamples=10_000, names=names, labels=titles, baseline="last")
         report["notes"].append(budget(settings))
         results.show(report, console)
         for ending in results.FORMATS:
@@ -138,7 +140,7 @@ def budget(settings: Settings) -> str:
         return "Every system was trained as its recipe has it."
     return (
         f"Every system saw each training photograph {settings.budget} times, pre-training included; a row that "
-        "takes the weights or scores of another adds nothing."
+        "takes the weights or scores of another adds nothing, and priors see places alone."
     )
 
 

@@ -85,7 +85,7 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "best": System(title="Ours, two experts", pretrain=("best",), finetune=("best",)),
     },
     "laptop": {
-        "inception": System(title="image only (Inception V3)", paper=76.61, finetune=("laptop-image",)),
+        "inception": System(title="image only", paper=76.61, finetune=("laptop-image",)),
         "inception-meta": System(
             title="+ meta channels", paper=77.56,
             finetune=("laptop-image", *_META, "--fusion", "channels", *_MOVED),
