@@ -486,7 +486,7 @@ def test_the_table(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     made = {file: file.stat().st_mtime_ns for file in out.glob("*/metrics*.json")}
     logs = {file: file.read_bytes() for file in out.glob("logs/*")}
     before = (out / "results.json").read_bytes()
-    assert len(logs) == 18
+    assert len(logs) == 20
     assert commands.run(reproduce.main, [*argv, "--out", str(out)]) == 0
     assert (out / "results.json").read_bytes() == before
     assert {file: file.stat().st_mtime_ns for file in out.glob("*/metrics*.json")} == made
