@@ -87,7 +87,7 @@ def train() -> None:
         classes=shards.card.class_facts(), shards_sha256=shards.card.sha256, fusion=cfg.fusion,
         **model.specs_of(towers),
     )  # fmt: skip
-    prior = classifier.class_shares(shards.split("train").class_id, len(spec.classes))
+    prior = classifier.class_shares(train_split.class_id, len(spec.classes))
     network = classifier.build(spec, towers, prior=prior, doubt=cfg.doubt, dropout=cfg.dropout, joint=cfg.joint)
     if cfg.head == "captions":
         assert isinstance(network, classifier.Product)
@@ -98,7 +98,7 @@ def train() -> None:
     late = dataclasses.replace(early, size=cfg.late_size) if early and cfg.late_epochs else early
     augmented = functools.partial(images.train_transform, crop_scale=cfg.crop_scale, color_jitter=cfg.color_jitter)
     records = Records(
-        shards.split("train"), cfg.modalities, augmented(early) if early else None, seed=cfg.seed,
+        train_split, cfg.modalities, augmented(early) if early else None, seed=cfg.seed,
         late=(late_epoch, augmented(late)) if late else None, meta_dropout=cfg.meta_dropout,
         meta_jitter_km=cfg.meta_jitter_km, meta_jitter_days=cfg.meta_jitter_days,
     )  # fmt: skip

@@ -73,11 +73,12 @@ def run(steps: Sequence[Step], *, logs: Path, at_once: int, console: Console) ->
         ValueError: one failed; those that were running have ended, no other was begun.
     """
     runner = _Runner(logs, at_once, console, total=sum(not step.is_done for step in steps))
+    names = {step.name for step in steps}
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         waiting, running = list(steps), dict[concurrent.futures.Future[None], Step]()
         ended: set[str] = set()
         while waiting or running:
-            for step in [s for s in waiting if ended.issuperset(set(s.after) & {t.name for t in steps})]:
+            for step in [s for s in waiting if ended.issuperset(names.intersection(s.after))]:
                 if len(running) < at_once:
                     waiting.remove(step)
                     running[pool.submit(runner.run, step)] = step

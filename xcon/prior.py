@@ -110,12 +110,13 @@ def read_image_run(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--image-run {folder}: no such run folder")
-    for name in ("metrics.json", "predictions.parquet"):
-        if not (folder / name).is_file():
+    measured, predicted = runfiles.measures(folder, None), runfiles.predictions(folder, None)
+    for file in (measured, predicted):
+        if not file.is_file():
             raise FileNotFoundError(
-                f"--image-run {folder}: no {name} here, run xcon predict on the test split first"
+                f"--image-run {folder}: no {file.name} here, run xcon predict on the test split first"
             )
-    facts = config.read_json(folder / "metrics.json")
+    facts = config.read_json(measured)
     if facts.get("with_meta") is not False or "seed" not in facts:
         raise ValueError(f"--image-run {folder}: a run with metadata; the prior multiplies one on images alone")
     return facts
@@ -127,7 +128,7 @@ def image_scores(folder: Path, shards: Path, test: Split, classes: int) -> Float
     Raises:
         ValueError: damaged, or predictions of other photographs, labels or classes.
     """
-    file = folder / "predictions.parquet"
+    file = runfiles.predictions(folder, None)
     try:
         table = pq.read_table(file, columns=["image_id", "class_id", "scores"]).sort_by("image_id")
         scores = table["scores"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
