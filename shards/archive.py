@@ -8,7 +8,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from rich.console import Console
 
@@ -21,12 +20,17 @@ _LARGEST_TEXT = 64_000_000  # bytes; the longest table of NABirds has 20 MB (par
 
 
 class Spool:
-    """Photographs by name, one after another in one file, and why the broken ones are broken."""
+    """Photographs by name, one after another in one file, and why the broken ones are broken.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    Args:
+        path: of the file; it is written over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._places: dict[str, tuple[int, int]] = {}
         self._broken: dict[str, str] = {}
+        path.write_bytes(b"")
 
     def add(self, name: str, fitted: Callable[[], bytes]) -> None:
         """Keeps what `fitted` gives, or why it gives nothing."""
@@ -35,10 +39,11 @@ class Spool:
         except BrokenPhotographError as error:
             self._broken[name] = str(error)
             return
-        self._places[name] = (self._file.tell(), self._file.write(data))
+        with self.path.open("ab") as file:
+            self._places[name] = (file.tell(), file.write(data))
 
     def read(self, name: str) -> bytes:
-        """One photograph, in any order, once all are there.
+        """One photograph, in any order and any process, once all are there.
 
         Raises:
             BrokenPhotographError: as when it passed.
@@ -46,8 +51,9 @@ class Spool:
         if name in self._broken:
             raise BrokenPhotographError(self._broken[name])
         offset, size = self._places[name]
-        self._file.seek(offset)
-        return self._file.read(size)
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
 
 def is_archive(path: Path) -> bool:

@@ -30,6 +30,7 @@ from rich.console import Console
 
 from shards.plan import BrokenPhotographError, Plan, count
 from shards.progress import progress
+from shards.source import DRAWN_NAME, SPOOL_NAME
 from xcon.records import (
     CARD_NAME,
     SPLITS,
@@ -46,12 +47,10 @@ from xcon.records import (
 
 DROPPED_NAME = "dropped.csv"
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
-SPOOL_NAME = ".spool"  # for a source that must be read in its own order
-SOURCE_NAME = ".source"  # for a source that is made before it is packed
 _MARKER = ".xcon-build"
 _OURS = re.compile(
     rf"\.?({'|'.join(SPLITS)})-\d{{6}}\.(tar|index\.parquet)(\..+)?|\.?{DROPPED_NAME}(\..+)?"
-    rf"|\.{CARD_NAME}\..+|\.spool|\.source|{_MARKER}"
+    rf"|\.{CARD_NAME}\..+|{SPOOL_NAME}|{DRAWN_NAME}|{_MARKER}"
 )
 _BLOCK = 512  # bytes; a USTAR member is one block of header, then its data
 

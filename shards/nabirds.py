@@ -19,8 +19,17 @@ import numpy as np
 from rich.console import Console
 
 from shards import archive
-from shards.locations import Location, Locations, check_same_classes, check_same_images, check_same_split
+from shards.locations import (
+    Location,
+    Locations,
+    check_same_classes,
+    check_same_images,
+    check_same_split,
+    read_locations,
+)
+from shards.photographs import Fit
 from shards.plan import Plan, count
+from shards.source import SPOOL_NAME, Room, Source
 from xcon.records import ClassInfo, Record, number_classes
 
 _TABLES = (
@@ -36,7 +45,38 @@ _PHOTOGRAPHERS = "photographers.txt"
 
 _NOWHERE = Location("", 0, None, None, None, None)
 
-Fit = Callable[[bytes, str], bytes]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NABirds(Source):
+    """Shards of the NABirds release."""
+
+    NAME = "nabirds"
+
+    root: Path
+    """The release: its folder, or its .tar.gz as downloaded."""
+    meta: Path | None = None
+    """nabirds_with_loc_2019.json of geo_prior: places, dates, val. Without it there are none."""
+    val_per_class: int = 0
+    """Without --meta: photographs of each class drawn from train for val."""
+
+    def check(self) -> None:
+        """Raises ValueError for a setting that could only fail later."""
+        super().check()
+        self._check_numbers(val_per_class=(0, 1_000_000))
+        if self.meta is not None and self.val_per_class:
+            raise ValueError(f"--val-per-class {self.val_per_class}: --meta says what is val; give one of them")
+
+    def plan(self, room: Room) -> Plan:
+        """Reads the release, an archive in one pass, and the location file."""
+        locations = None if self.meta is None else read_locations(self.meta)
+        if archive.is_archive(self.root):
+            keep = None if self.dry_run else self.fit
+            release = read_archive(self.root, room.console, keep, archive.Spool(room.folder / SPOOL_NAME))
+        else:
+            release = read_folder(self.root, self.fit)
+        if not self.dry_run:
+            check_photographs(release)
+        return plan(release, locations, val_per_class=self.val_per_class, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """One photograph: decoded, turned upright, made small, encoded; or its bytes kept where they fit already."""
 
 import io
+from collections.abc import Callable
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.plan import BrokenPhotographError
 from xcon.records import UNREADABLE
+
+Fit = Callable[[bytes, str], bytes]  # a file and its name for messages -> the JPEG as it goes into a tar
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright

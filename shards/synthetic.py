@@ -23,8 +23,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from shards.locations import LOCATION_FILE
+from shards import nabirds
+from shards.locations import LOCATION_FILE, read_locations
+from shards.plan import Plan
 from shards.progress import progress
+from shards.source import DRAWN_NAME, Room, Source
 
 # Within the coasts, coarse on purpose: degrees (lon, lat), a closed ring.
 CONTINENT = (
@@ -72,6 +75,43 @@ _PLUMAGES = ("", "", " (Adult male)", "", " (Female/immature)", "", " (Breeding)
 _PHOTOGRAPHERS = ("A. Quill", "B. Reed", "C. Sander", "D. Tarn", "Zo\u00eb \u00c5lund")
 _REACH = 3  # of bill and tail from the middle of the body, in half heights of the body
 _CANVAS = 2  # drawn so many times larger, then made small: smooth edges
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Synthetic(Source):
+    """Shards of drawn birds: look-alike species that only place and season tell apart."""
+
+    NAME = "synthetic"
+
+    classes: int = 12
+    """Species."""
+    look_alikes: int = 3
+    """Species in a group that look the same."""
+    per_class: int = 80
+    """Photographs of each species, a quarter of them test."""
+    val_per_class: int = 4
+    """Photographs of each species drawn from train for val."""
+    missing: float = 0.03
+    """Share of photographs without place and date."""
+    keep_source: Path | None = None
+    """New folder that keeps the drawn release in the layout of NABirds."""
+
+    def check(self) -> None:
+        """Raises ValueError for a setting that could only fail later."""
+        super().check()
+        self._check_numbers(val_per_class=(0, 1_000_000))
+        if self.keep_source and self.dry_run:
+            raise ValueError("--keep-source: unused in a dry run, which writes nothing")
+
+    def plan(self, room: Room) -> Plan:
+        """Draws the release and reads it."""
+        root = self.keep_source or room.folder / DRAWN_NAME
+        draw(
+            root, room.console, classes=self.classes, look_alikes=self.look_alikes, per_class=self.per_class,
+            val_per_class=self.val_per_class, missing=self.missing, seed=self.seed,
+        )  # fmt: skip
+        release = nabirds.read_folder(root, self.fit)
+        return nabirds.plan(release, read_locations(root / LOCATION_FILE), val_per_class=0, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

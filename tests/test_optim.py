@@ -42,6 +42,10 @@ def test_a_training_of_nothing_but_rise_ends_at_the_peak() -> None:
     assert [optim.schedule(s, warmup=3, total=3) for s in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
+def test_a_schedule_without_decay_stays_at_the_peak() -> None:
+    assert [optim.schedule(s, warmup=2, total=9, decay="none") for s in range(9)] == [0.5, *[1.0] * 8]
+
+
 def test_the_schedule_never_rises_after_the_warm_up() -> None:
     factors = [optim.schedule(s, warmup=7, total=100) for s in range(100)]
     assert all(a < b for a, b in itertools.pairwise(factors[:7]))

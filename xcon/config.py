@@ -109,7 +109,10 @@ class TrainConfig(RunConfig):
     epochs: int = 200
     """Passes over the training split."""
     warmup_epochs: float = 1.0
-    """Epochs in which the learning rates rise from zero; then they fall to zero along a cosine."""
+    """Epochs in which the learning rates rise from zero."""
+    decay: Literal["cosine", "none"] = "cosine"
+    """After the rise the learning rates fall to zero along half a cosine, or stay. A pre-training that keeps them
+    up and a fine-tuning with --warmup-epochs 0 are one schedule."""
     patience: int = 0
     """Epochs without a better held-out result after which training stops; 0: never."""
     image_lr: float = 1e-4

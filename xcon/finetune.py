@@ -141,7 +141,7 @@ def train() -> None:
             wrapped.train()
             if step == late_epoch * order.steps_per_epoch:
                 at = at.anew()
-            optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total))
+            optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total, decay=cfg.decay))
             loss = torch.zeros((), device=accelerator.device)
             rows = to_device(batch, accelerator.device)
             if cfg.mixes:

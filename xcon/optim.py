@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models import group_parameters
@@ -65,16 +65,19 @@ def _part(name: str) -> str:
     return words[1] if words[0] == "towers" and words[2] == "encoder" else "head"
 
 
-def schedule(step: int, *, warmup: int, total: int) -> float:
-    """The factor on every learning rate at an optimiser step: a linear rise, then half a cosine to zero.
+def schedule(step: int, *, warmup: int, total: int, decay: Literal["cosine", "none"] = "cosine") -> float:
+    """The factor on every learning rate at an optimiser step: a linear rise, then half a cosine to zero, or none.
 
     Args:
         step: 0 for the first.
         warmup: steps of the rise.
         total: steps of the whole training.
+        decay: none keeps the rates up, for a training that another one goes on from.
     """
     if step < warmup:
         return (step + 1) / warmup
+    if decay == "none":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 

@@ -118,7 +118,7 @@ def train() -> None:
         for step, batch in enumerate(clock.watch(batches), start=at.step):
             wrapped.train()
             rows = to_device(batch, accelerator.device)
-            optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total))
+            optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total, decay=cfg.decay))
             loss = functools.partial(objective.loss, rows)
             inputs, at_once = objective.inputs(rows), cfg.micro_batch * cfg.views
             terms, scale = gradcache.backward(accelerator, wrapped, inputs, loss, rows=at_once)
