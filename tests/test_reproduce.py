@@ -31,7 +31,7 @@ PLANS = [
         "backbone": "test_vit", "image_options": {"img_size": "64", "pad_type": "same"}, "image_weights": "none",
         "image_size": 64, "text_model": "words", "text_frozen": True, "budget": 6, "workers": 0,
     },
-    {"launch": "accelerate launch --num_processes 4", "rows": ("clip", "trusting")},
+    {"launch": "accelerate launch --num_processes 4", "rows": ("clip", "doubting")},
 ]  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_steps_by_hand() -> None:
         *("clip-pretrain-0", "clip-0", "predict-clip-0"),
         *("experts-0", "predict-experts-0"),
     ]
-    best = ["best-0", "predict-best-0", "predict-best-0-trusting"]
+    best = ["best-0", "predict-best-0", "predict-best-0-doubting"]
     paper = ["paper-0", "predict-paper-0"]
     found = {size: [step.name for step in plan_of(size, seeds=1)] for size in SYSTEMS}
     assert found["laptop"] == [*baselines, "best-pretrain-0", *paper, *best]
@@ -74,7 +74,7 @@ def test_steps_by_hand() -> None:
 
 def test_commands_by_hand() -> None:
     steps = {s.name: s for s in plan_of("paper", seeds=2, budget=12, test={"drawn": Path("b")})}
-    prior, judged = steps["geoprior-1-drawn"], steps["predict-best-1-drawn-trusting"]
+    prior, judged = steps["geoprior-1-drawn"], steps["predict-best-1-drawn-doubting"]
     assert " ".join(steps["supcon-pretrain-1"].command) == (
         "xcon pretrain supcon --shards shards --out out/supcon-pretrain-1 --seed 1 --workers 2 --epochs 2"
     )
@@ -89,9 +89,9 @@ def test_commands_by_hand() -> None:
     )
     assert prior.after == ("inception-1", "predict-inception-1", "predict-inception-1-drawn")
     assert " ".join(judged.command) == (
-        "xcon predict out/best-1 --shards b --workers 2 --doubt 0 --name drawn-trusting"
+        "xcon predict out/best-1 --shards b --workers 2 --doubt 0.4 --name drawn-doubting"
     )
-    assert judged.done == Path("out/best-1/metrics-drawn-trusting.json")
+    assert judged.done == Path("out/best-1/metrics-drawn-doubting.json")
 
 
 @pytest.mark.parametrize("size", SYSTEMS)
@@ -145,8 +145,8 @@ def test_every_part_is_a_task_and_every_evaluation_a_step(size: str, settings: d
 def test_chains_by_hand() -> None:
     alone = [("inception-meta",), ("supcon",), ("clip",), ("experts",)]
     inception = ("inception", "geoprior", "softmax")
-    assert chains(SYSTEMS["laptop"]) == [inception, *alone, ("paper", "trusting", "best")]
-    assert chains(SYSTEMS["paper"]) == [inception, *alone, ("paper",), ("trusting", "best")]
+    assert chains(SYSTEMS["laptop"]) == [inception, *alone, ("paper", "doubting", "best")]
+    assert chains(SYSTEMS["paper"]) == [inception, *alone, ("paper",), ("doubting", "best")]
     some = {name: SYSTEMS["laptop"][name] for name in ("geoprior", "clip", "softmax")}
     assert chains(some) == [("geoprior", "softmax"), ("clip",)]
 
@@ -161,15 +161,15 @@ def test_the_script_says_how_many_tasks_there_are() -> None:
 
 def test_rows_bring_what_they_build_on() -> None:
     """In the table is what was asked for alone."""
-    settings = Settings(Path("shards"), Path("out"), size="laptop", seeds=1, rows=("softmax", "trusting"))
+    settings = Settings(Path("shards"), Path("out"), size="laptop", seeds=1, rows=("softmax", "doubting"))
     steps = [step.name for step in reproduce.steps_of(settings, reproduce.parts_of(settings))]
     assert steps == [
         *("inception-0", "predict-inception-0", "softmax-0"),
-        *("best-pretrain-0", "best-0", "predict-best-0", "predict-best-0-trusting"),
+        *("best-pretrain-0", "best-0", "predict-best-0", "predict-best-0-doubting"),
     ]
     assert reproduce.evaluations(settings, "") == (
         [Path("out/softmax-0"), Path("out/best-0")],
-        [None, "trusting"],
+        [None, "doubting"],
         [SYSTEMS["laptop"][row].title for row in settings.rows],
     )
 
@@ -219,11 +219,11 @@ WRONG = {
     "task below zero": (["--task", "-1"], "--task -1: there are 21"),
     "too few passes": ([*LAPTOP, "--budget", "2"], "--budget 2: too few for '+ contrastive learning'"),
     "too few before a late size": (
-        ["--size", "paper", "--budget", "5"],
-        "--budget 5: too few for 'Ours, two experts'",
+        ["--size", "paper", "--budget", "4"],
+        "--budget 4: too few for 'Ours, two experts'",
     ),
     "too few for what a row needs": (
-        ["--size", "paper", "--rows", "trusting", "--budget", "4"],
+        ["--size", "paper", "--rows", "doubting", "--budget", "4"],
         "fine-tuning needs 4",
     ),
     "nothing left": ([*LAPTOP, "--budget", "9", "--pretraining", "0.95"], "fine-tuning needs 1"),
@@ -245,7 +245,7 @@ WRONG = {
         [*LAPTOP, "--test", "val", "dir"],
         "--test val: other results are called so",
     ),
-    "test called as a row": ([*LAPTOP, "--test", "trusting", "dir"], "--test trusting: other results"),
+    "test called as a row": ([*LAPTOP, "--test", "doubting", "dir"], "--test doubting: other results"),
     "frozen and untrained": (
         [*LAPTOP, "--text-frozen"],
         "--text-frozen: the small text model is untrained",

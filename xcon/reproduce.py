@@ -41,7 +41,7 @@ class Settings:
     """Systems to run; all where none is named."""
     budget: int | None = None
     """Times that a system sees each training photograph, pre-training included; none: as the recipes have it."""
-    pretraining: float = 0.4
+    pretraining: float = 0.25
     """Share of --budget that goes into pre-training, where a system has it."""
     backbone: str | None = None
     """One timm network for all systems; none: those of the recipes."""

@@ -64,9 +64,10 @@ class System:
 
 _META = ("--modalities", "image", "meta")
 _MOVED = ("--meta-jitter-km", "100", "--meta-jitter-days", "10", "--meta-dropout", "0.1")
+_ALONE = ("--meta-encoding", "xyz", "--warmup-epochs", "1")  # what else pre-training would have settled
 _GEOPRIOR = System(title="Geo prior x Inception", paper=81.50, prior=("geoprior",), of="inception")
 _SOFTMAX = System(title="place-and-date softmax x Inception", prior=("softmax",), of="inception")
-_TRUSTING = System(title="Ours, two experts, places trusted", predict=("--doubt", "0"), of="best")
+_DOUBTING = System(title="Ours, two experts, places doubted", predict=("--doubt", "0.4"), of="best")
 
 SYSTEMS: dict[str, dict[str, System]] = {
     "paper": {
@@ -79,9 +80,9 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "clip": System(title="CLIP (ResNet-50)", paper=81.66, pretrain=("clip",), finetune=("image",)),
         "geoprior": _GEOPRIOR,
         "softmax": _SOFTMAX,
-        "experts": System(title="Ours, two experts, no pre-training", finetune=("best", "--meta-encoding", "xyz")),
+        "experts": System(title="Ours, two experts, no pre-training", finetune=("best", *_ALONE)),
         "paper": System(title="Ours, as in the paper", paper=84.44, pretrain=("paper",), finetune=("paper",)),
-        "trusting": _TRUSTING,
+        "doubting": _DOUBTING,
         "best": System(title="Ours, two experts", pretrain=("best",), finetune=("best",)),
     },
     "laptop": {
@@ -104,13 +105,13 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "geoprior": dataclasses.replace(_GEOPRIOR, title="geo prior x image only", prior=("laptop",)),
         "softmax": dataclasses.replace(_SOFTMAX, title="place-and-date softmax x image only"),
         "experts": System(
-            title="ours, two experts, no pre-training", finetune=("laptop", "--meta-encoding", "xyz")
+            title="ours, two experts, no pre-training", finetune=("laptop", *_ALONE)
         ),
         "paper": System(
             title="ours, the paper's classifier", paper=84.44, pretrain=("laptop",), shares="best",
             finetune=("laptop-image", *_META, *_MOVED, "--meta-lr", "3e-3"),
         ),
-        "trusting": dataclasses.replace(_TRUSTING, title="ours, two experts, places trusted"),
+        "doubting": dataclasses.replace(_DOUBTING, title="ours, two experts, places doubted"),
         "best": System(title="ours, two experts", pretrain=("laptop",), finetune=("laptop",)),
     },
 }  # fmt: skip
