@@ -211,12 +211,12 @@ WRONG = {
         [*LAPTOP, "--rows", "clip", "clap"],
         "--rows clap: no such system; there are inception, ",
     ),
-    "task too high": ([*LAPTOP, "--task", "18"], "--task 18: there are 18, counted from 0"),
+    "task too high": ([*LAPTOP, "--task", "18"], "--task 18: the parts are numbered 0 to 17"),
     "task of few rows": (
         [*LAPTOP, "--rows", "clip", "--seeds", "2", "--task", "2"],
-        "--task 2: there are 2",
+        "--task 2: the parts are numbered 0 to 1",
     ),
-    "task below zero": (["--task", "-1"], "--task -1: there are 21"),
+    "task below zero": (["--task", "-1"], "--task -1: the parts are numbered 0 to 20"),
     "too few passes": ([*LAPTOP, "--budget", "2"], "--budget 2: too few for '+ contrastive learning'"),
     "too few before a late size": (
         ["--size", "paper", "--budget", "4"],

@@ -243,7 +243,7 @@ def test_an_array_makes_the_table(cluster: Cluster, tiny_shards: Path, tmp_path:
         *("--backbone", "test_resnet", "--image-weights", "none", "--image-size", "32"),
     )
     assert cluster.wait(f"{job}_2") == "FAILED"
-    assert "xcon reproduce: --task 2: there are 2, counted from 0 (see xcon reproduce --help)\n" in cluster.log(
+    assert "xcon reproduce: --task 2: the parts are numbered 0 to 1 (see xcon reproduce --help)\n" in cluster.log(
         f"{job}_2"
     )
     for task in (f"{job}_0", f"{job}_1"):

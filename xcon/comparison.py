@@ -27,8 +27,8 @@ SAME_TEST = ("shards_sha256", "split", "label_space")
 # are told apart by their hash, and a run that a prior multiplies by its settings, as one that it starts from.
 NOT_SETTINGS = {"seed", "init", "image_run", "test_shards", "recipe", *config.TrainConfig.MAY_CHANGE}
 UPPER_BOUND = (
-    "NABirds' places and dates are drawn from eBird given the true species, so results with metadata are an "
-    "upper bound there."
+    "Where places and dates were drawn given the true species, as those of NABirds were from eBird, results with "
+    "metadata are an upper bound."
 )
 
 

@@ -374,8 +374,6 @@ class FinetuneConfig(TrainConfig):
     def unused(self) -> dict[str, str]:
         """Settings that change nothing beside the others, and why."""
         found = {}
-        if self.head == "captions":
-            found["hidden"] = "--head captions has no hidden layer"
         if self.fusion == "channels":
             found["meta_lr"] = "--fusion channels has no metadata encoder, its channels learn with --image-lr"
         if not self.mixes:

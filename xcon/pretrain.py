@@ -213,7 +213,7 @@ def validate(
     wrapped.eval()
     split, transform = shards.split("val"), None
     if spec.image and cfg.views > 1:  # crops as in training, the same after every epoch
-        transform = images.train_transform(spec.image, crop_scale=cfg.crop_scale)
+        transform = images.train_transform(spec.image, crop_scale=cfg.crop_scale, color_jitter=cfg.color_jitter)
     elif spec.image:
         transform = images.eval_transform(spec.image)
     records = Records(split, cfg.modalities, transform, texts, views=cfg.views, seed=cfg.seed)

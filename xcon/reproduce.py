@@ -92,7 +92,7 @@ class Settings:
             plan(self, row, seed=0)  # refuses too few passes
         parts = len(parts_of(self))
         if self.task is not None and not 0 <= self.task < parts:
-            raise ValueError(f"--task {self.task}: there are {parts}, counted from 0")
+            raise ValueError(f"--task {self.task}: the parts are numbered 0 to {parts - 1}")
 
     @property
     def systems(self) -> dict[str, System]:
