@@ -142,7 +142,7 @@ def _count_near(here: np.ndarray, there: np.ndarray) -> int:
     """How many of `[M, 2]` lie near one of `[N, 2]`, lat and lon in radians."""
     if not len(here) or not len(there):
         return 0
-    from sklearn.neighbors import BallTree  # here: workers import what imports this, and need it not
+    from sklearn.neighbors import BallTree  # noqa: PLC0415 - as below
 
     apart, _ = BallTree(np.unique(there, axis=0), metric="haversine").query(here)
     return int((apart[:, 0] * EARTH_KM <= NEAR_KM).sum())
@@ -171,7 +171,7 @@ def metadata_alone(shards: ShardSet, seed: int) -> dict[str, Any]:
     rows, asked = (np.flatnonzero(_known(split, 3)) for split in (trained, tested))
     if not len(rows) or not len(asked):
         return {"not_measured": "no places and dates"}
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neighbors import KNeighborsClassifier  # noqa: PLC0415 - seconds to import, and no build needs it
 
     rng = np.random.default_rng(seed)
     asked = np.sort(rng.choice(asked, min(len(asked), MOST_TESTED), replace=False))
