@@ -132,8 +132,9 @@ def index_of(path: Path) -> bytes:
     """The index of a whole tar, from the tar alone."""
     rows = []
     with tarfile.open(path, mode="r:") as tar:
-        for photograph in tar:
-            text, record = (_content(tar, tar.next()) for _ in range(2))
+        members = iter(tar)
+        for photograph in members:
+            text, record = (_content(tar, next(members)) for _ in range(2))
             row = index_row(
                 Record.from_json(record), text.decode(), offset=photograph.offset_data, size=photograph.size
             )
@@ -141,8 +142,7 @@ def index_of(path: Path) -> bytes:
     return index_bytes(rows)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
-    assert member is not None
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None
     return file.read()
