@@ -47,7 +47,7 @@ from xcon.records import (
     year_fraction,
 )
 
-WORTH_A_WORKER = 100  # photographs; a process takes as long to start as some tens take
+WORTH_A_WORKER = 500  # photographs; a process takes as long to start as some hundreds of small ones take
 _BLOCK = 512  # bytes; a USTAR member is one block of header, then its data
 
 

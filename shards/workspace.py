@@ -72,7 +72,9 @@ class Workspace:
         """
         ours = json.loads(json.dumps({"settings": dict(made_by), "plan": plan}))
         marker = self.out / _MARKER
-        if text := marker.read_text(encoding="utf-8"):
+        # No mark where another task has ended meanwhile: the card is there then.
+        text = marker.read_text(encoding="utf-8") if marker.is_file() else ""
+        if text:
             _check_same(self.out, json.loads(text), ours)
         else:
             with atomic_write(marker) as file:
@@ -100,9 +102,13 @@ class Workspace:
                 _remove(path)
 
     def leave(self, *, created: bool) -> None:
-        """Removes this run's work, and the mark where nothing was made yet."""
+        """Removes this run's work and what its workers were writing, and the mark where nothing was made yet."""
         if self.work.exists():
             shutil.rmtree(self.work)
+        if self._mine is not None:
+            for path in self._ours():
+                if (match := _OF_SHARD.fullmatch(path.name)) and match["partial"]:
+                    _remove(path)
         if [path.name for path in self.out.iterdir()] == [_MARKER]:
             (self.out / _MARKER).unlink(missing_ok=True)
         if created:

@@ -16,6 +16,7 @@ from shards import cli, photographs, synthetic
 from shards.build import raw_id_range
 from shards.photographs import fit, take
 from shards.plan import BrokenPhotographError
+from shards.workspace import Share, workspace
 from tests import commands
 from xcon.records import Card, ClassInfo
 
@@ -221,6 +222,19 @@ def test_an_interrupted_build_without_a_shard_leaves_nothing(release, tmp_path, 
 
     monkeypatch.setattr(photographs, "take", interrupted)
     assert build(release, tmp_path / "set", "--workers", "1") == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_workers_were_writing_goes_when_they_are_interrupted(tmp_path):
+    def interrupted():
+        with workspace(tmp_path / "set", Share()) as space:
+            space.begin({}, "a plan", ["train-000000.tar"])
+            (space.out / ".train-000000.tar.x1y2").touch()
+            (space.out / "..train-000000.made.json.x1y2").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
