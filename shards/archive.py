@@ -4,56 +4,117 @@ A compressed tar cannot be read out of order, and shards are written shuffled: s
 small as they pass and put into one spool file, whose offsets are remembered.
 """
 
+import contextlib
+import dataclasses
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 
 from rich.console import Console
 
-from shards.photographs import SUFFIXES
-from shards.plan import BrokenPhotographError
+from shards.photographs import SUFFIXES, Fit
+from shards.plan import BrokenPhotographError, Photograph
+from shards.pool import Pool, result_of
 from shards.progress import progress
 
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _LARGEST_TEXT = 64_000_000  # bytes; the longest table of NABirds has 20 MB (parts/part_locs.txt)
 
 
-class Spool:
+@dataclasses.dataclass(frozen=True)
+class Spooled:
     """Photographs by name, one after another in one file, and why the broken ones are broken.
 
-    Args:
-        path: of the file; it is written over.
+    Attributes:
+        path: of the file.
+        places: name -> where its JPEG begins in the file, its size, and the photograph without it.
+        broken: name -> message.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._places: dict[str, tuple[int, int]] = {}
-        self._broken: dict[str, str] = {}
-        path.write_bytes(b"")
+    path: Path
+    places: Mapping[str, tuple[int, int, Photograph]]
+    broken: Mapping[str, str]
 
-    def add(self, name: str, fitted: Callable[[], bytes]) -> None:
-        """Keeps what `fitted` gives, or why it gives nothing."""
-        try:
-            data = fitted()
-        except BrokenPhotographError as error:
-            self._broken[name] = str(error)
-            return
-        with self.path.open("ab") as file:
-            self._places[name] = (file.tell(), file.write(data))
-
-    def read(self, name: str) -> bytes:
-        """One photograph, in any order and any process, once all are there.
+    def __call__(self, name: str) -> Photograph:
+        """One photograph, in any order and any process.
 
         Raises:
             BrokenPhotographError: as when it passed.
         """
-        if name in self._broken:
-            raise BrokenPhotographError(self._broken[name])
-        offset, size = self._places[name]
+        if name in self.broken:
+            raise BrokenPhotographError(self.broken[name])
+        offset, size, photograph = self.places[name]
         with self.path.open("rb") as file:
             file.seek(offset)
-            return file.read(size)
+            return dataclasses.replace(photograph, jpg=file.read(size))
+
+
+class Spool(contextlib.AbstractContextManager):
+    """Writes the file of `Spooled`: processes make photographs small, this one writes them in the order they came.
+
+    Args:
+        path: of the file; it is written over.
+        fit: makes a photograph small.
+        workers: processes.
+    """
+
+    def __init__(self, path: Path, fit: Fit, workers: int) -> None:
+        self._pool = Pool(_Fitted(fit), workers)
+        self._waiting: deque[tuple[str, Future[Photograph]]] = deque()  # so few that memory is bounded
+        self._file = path.open("wb")
+        self._places: dict[str, tuple[int, int, Photograph]] = {}
+        self._broken: dict[str, str] = {}
+        self.path = path
+
+    def add(self, name: str, data: bytes, shown: str) -> None:
+        """Keeps one photograph, or why it is none.
+
+        Args:
+            name: to ask for it by.
+            data: of its file.
+            shown: its name in messages.
+        """
+        self._waiting.append((name, self._pool.submit((data, shown))))
+        while len(self._waiting) >= self._pool.at_once:
+            self._write_first()
+
+    def spooled(self) -> Spooled:
+        """All that was added."""
+        while self._waiting:
+            self._write_first()
+        self._file.flush()
+        return Spooled(self.path, self._places, self._broken)
+
+    def _write_first(self) -> None:
+        name, future = self._waiting.popleft()
+        try:
+            photograph = result_of(future)
+        except BrokenPhotographError as error:
+            self._broken[name] = str(error)
+            return
+        place = self._file.tell()
+        size = self._file.write(photograph.jpg)
+        self._places[name] = (place, size, dataclasses.replace(photograph, jpg=b""))
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Ends the processes."""
+        self._pool.__exit__(kind, error, trace)
+        if error is None:
+            self._file.close()
+        else:
+            with contextlib.suppress(OSError):  # a full disk, and said so already
+                self._file.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    fit: Fit
+
+    def __call__(self, job: tuple[bytes, str]) -> Photograph:
+        return self.fit(*job)
 
 
 def is_archive(path: Path) -> bool:

@@ -3,6 +3,7 @@
     xcon-shards build nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out data/nabirds
     xcon-shards build synthetic --out shards/synthetic
     xcon-shards verify data/nabirds
+    xcon-shards audit data/nabirds
     xcon-shards info data/nabirds
 
 Exit status: 0 all was done; 2 wrong usage or input, with one line that says what and where; 130 interrupted.
@@ -14,19 +15,21 @@ import operator
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from shards import build, verify
+from shards import audit, build, repair, verify
 from shards.nabirds import NABirds
 from shards.source import Room, Source
 from shards.synthetic import Synthetic
+from shards.trouble import REPORT_NAME
+from shards.workspace import Share, workspace
 from xcon.commandline import complain, guarded, one_line_errors
 from xcon.records import Card
+from xcon.shardset import ShardSet
 
 PROG = "xcon-shards"
 
@@ -61,9 +64,22 @@ class Info:
     """The shard set."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """Show what test records share with train, and what their places and dates alone give."""
+
+    folder: tyro.conf.Positional[Path]
+    """The shard set."""
+    out: Path | None = None
+    """A new .json file for the numbers."""
+    seed: int = 0
+    """Of what is drawn."""
+
+
 Command = (
     Annotated[Build, tyro.conf.subcommand("build")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -87,6 +103,8 @@ def run() -> None:
         _build(command.source, console)
     elif isinstance(command, Verify):
         _verify(command.folder, console)
+    elif isinstance(command, Audit):
+        audit.audit(ShardSet(command.folder), console, out=command.out, seed=command.seed)
     else:
         verify.show(Card.load(command.folder), command.folder, console)
 
@@ -100,41 +118,44 @@ def _build(source: Source, console: Console) -> None:
         return
     if source.out is None:
         raise ValueError("--out DIR is needed, the folder of the new shard set; or --dry-run")
-    start = time.monotonic()
-    with build.workspace(source.out) as folder:
-        plan = source.plan(Room(folder, console))
-        card = build.pack(
-            plan,
-            folder,
-            console,
-            template=source.caption,
-            samples_per_shard=source.samples_per_shard,
-            seed=source.seed,
-            drop_broken=source.drop_broken,
-            made_by=_made_by(source),
-        )
-    _show(build.describe(plan), console)
-    shards = [shard for split in card.splits.values() for shard in split]
-    if dropped := card.made_by["dropped"]:
-        console.print(f"dropped: {dropped:,} that do not decode, see {source.out / build.DROPPED_NAME}")
-    console.print(
-        f"{source.out}: {sum(s.samples for s in shards):,} photographs in {len(shards):,} shards, "
-        f"{sum(s.size for s in shards) / 1e6:,.1f} MB, {time.monotonic() - start:,.1f} s"
+    settings = build.Settings(
+        template=source.caption,
+        samples_per_shard=source.samples_per_shard,
+        seed=source.seed,
+        drop=frozenset(source.drop),
+        tiny=source.tiny,
+        workers=source.workers,
+        made_by=source.made_by,
     )
+    if source.repair:
+        with repair.workspace(source.out) as work:
+            card = repair.check(source.out, settings.made_by)
+            plan = source.plan(Room(work, console, source.workers))
+            repair.mend(plan, card, source.out, work, console, settings)
+        return
+    if source.tasks > 1 and repair.is_made(source.out, settings.made_by):
+        console.print(f"{source.out}: whole already")
+        return
+    start = time.monotonic()
+    with workspace(source.out, Share(source.task, source.tasks)) as space:
+        plan = source.plan(Room(space.work, console, source.workers))
+        built = build.pack(plan, space, console, settings)
+    if built is not None:
+        _show(build.describe(plan), console)
+        _tell(built, source.out, time.monotonic() - start, console)
 
 
-def _made_by(source: Source) -> dict[str, Any]:
-    """How the set was made, without what differs between two machines that make the same set."""
-    settings = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
-    for name in ("out", "dry_run", "keep_source"):
-        settings.pop(name, None)
-    named = {name: value.name if isinstance(value, Path) else value for name, value in settings.items()}
-    versions = {name: version(name) for name in ("xcon", "pillow", "numpy")}
-    return {
-        "source": source.NAME,
-        **named,
-        "versions": versions,
-    }
+def _tell(card: Card, out: Path, seconds: float, console: Console) -> None:
+    """What was built, and what is wrong with it."""
+    shards = [shard for split in card.splits.values() for shard in split]
+    if counted := card.made_by["trouble"]:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in counted.items())
+        console.print(f"trouble: {kinds}; dropped: {card.made_by['dropped']:,}; see {out / REPORT_NAME}")
+    console.print(f"shared with train: {audit.in_short(ShardSet(out))}; xcon-shards audit {out} tells more")
+    console.print(
+        f"{out}: {sum(s.samples for s in shards):,} photographs in {len(shards):,} shards, "
+        f"{sum(s.size for s in shards) / 1e6:,.1f} MB, {seconds:,.1f} s"
+    )
 
 
 def _show(facts: Mapping[str, str], console: Console) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from shards import archive
 from shards.locations import (
@@ -28,7 +27,7 @@ from shards.locations import (
     read_locations,
 )
 from shards.photographs import Fit
-from shards.plan import Plan, count
+from shards.plan import Photograph, Plan, count
 from shards.source import SPOOL_NAME, Room, Source
 from xcon.records import ClassInfo, Record, number_classes
 
@@ -70,8 +69,7 @@ class NABirds(Source):
         """Reads the release, an archive in one pass, and the location file."""
         locations = None if self.meta is None else read_locations(self.meta)
         if archive.is_archive(self.root):
-            keep = None if self.dry_run else self.fit
-            release = read_archive(self.root, room.console, keep, archive.Spool(room.folder / SPOOL_NAME))
+            release = read_archive(self.root, room, None if self.dry_run else self.fit)
         else:
             release = read_folder(self.root, self.fit)
         if not self.dry_run:
@@ -87,13 +85,51 @@ class Release:
         name: the folder or archive, for messages.
         texts: file name -> text.
         files: paths below `images/` that are there.
-        photograph: path below `images/` -> the JPEG as it goes into the tar.
+        photograph: path below `images/` -> the photograph as it goes into the tar; picklable.
     """
 
     name: str
     texts: Mapping[str, str]
     files: frozenset[str]
-    photograph: Callable[[str], bytes]
+    photograph: Callable[[str], Photograph]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFolder:
+    """Photographs by their paths below a folder."""
+
+    images: Path
+    fit: Fit
+
+    def __call__(self, path: str) -> Photograph:
+        file = self.images / path
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+        return self.fit(data, f"images/{path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Below:
+    """Photographs of a spool by their paths below a folder of the archive."""
+
+    spooled: archive.Spooled
+    images: str
+
+    def __call__(self, path: str) -> Photograph:
+        return self.spooled(self.images + path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ById:
+    """Photographs by image id."""
+
+    photograph: Callable[[str], Photograph]
+    paths: Mapping[str, str]
+
+    def __call__(self, image_id: str) -> Photograph:
+        return self.photograph(self.paths[image_id])
 
 
 def read_folder(root: Path, fit: Fit) -> Release:
@@ -111,23 +147,15 @@ def read_folder(root: Path, fit: Fit) -> Release:
     names = [n for n in (*_TABLES, _PHOTOGRAPHERS) if (folder / n).is_file()]
     images = folder / "images"
 
-    def photograph(path: str) -> bytes:
-        file = images / path
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-        return fit(data, f"images/{path}")
-
     return _release(
         name=str(folder),
         tables={n: (folder / n).read_bytes() for n in names},
         files=frozenset(p.relative_to(images).as_posix() for p in images.rglob("*") if p.is_file()),
-        photograph=photograph,
+        photograph=_InFolder(images, fit),
     )
 
 
-def read_archive(path: Path, console: Console, fit: Fit | None, spool: archive.Spool) -> Release:
+def read_archive(path: Path, room: Room, fit: Fit | None) -> Release:
     """A release in its archive, read in one pass; `fit` None leaves the photographs out.
 
     Raises:
@@ -135,19 +163,24 @@ def read_archive(path: Path, console: Console, fit: Fit | None, spool: archive.S
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --root is the NABirds release, a folder or a .tar.gz")
+    if fit is None:
+        texts, names = archive.scan(path, room.console, None)
+        spooled = archive.Spooled(path, {}, {})
+    else:
+        with archive.Spool(room.folder / SPOOL_NAME, fit, room.workers) as spool:
 
-    def keep(name: str, data: bytes) -> None:
-        assert fit is not None
-        spool.add(name, lambda: fit(data, f"images/{name.rpartition('images/')[2]}"))
+            def keep(name: str, data: bytes) -> None:
+                spool.add(name, data, f"images/{name.rpartition('images/')[2]}")
 
-    texts, names = archive.scan(path, console, keep if fit is not None else None)
+            texts, names = archive.scan(path, room.console, keep)
+            spooled = spool.spooled()
     top = _top(texts, str(path))
     images = str(top / "images") + "/"
     return _release(
         name=str(path),
         tables={n: texts[str(top / n)] for n in (*_TABLES, _PHOTOGRAPHERS) if str(top / n) in texts},
         files=frozenset(n.removeprefix(images) for n in names if n.startswith(images)),
-        photograph=lambda below: spool.read(images + below),
+        photograph=_Below(spooled, images),
     )
 
 
@@ -162,7 +195,7 @@ def _top(names: Iterable[str], where: str) -> PurePosixPath:
 
 
 def _release(
-    name: str, tables: dict[str, bytes], files: frozenset[str], photograph: Callable[[str], bytes]
+    name: str, tables: dict[str, bytes], files: frozenset[str], photograph: Callable[[str], Photograph]
 ) -> Release:
     if missing := [table for table in _TABLES if table not in tables]:
         raise ValueError(f"{name}: {missing[0]} is missing, so this is not a whole NABirds release")
@@ -233,7 +266,7 @@ def plan(release: Release, locations: Locations | None, *, val_per_class: int, s
     scientific = (None,) * len(numbers) if locations is None else locations.scientific_names
     classes = _classes(release, numbers, names, scientific)
     facts = {**_facts(release, paths), "boxes that leave the image, clipped": clipped}
-    return Plan(count(classes, records), tuple(records), lambda i: release.photograph(paths[i]), facts)
+    return Plan(count(classes, records), tuple(records), _ById(release.photograph, paths), facts)
 
 
 def _facts(release: Release, paths: Mapping[str, str]) -> dict[str, Any]:

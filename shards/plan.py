@@ -13,20 +13,37 @@ class BrokenPhotographError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Photograph:
+    """One photograph as it goes into a tar, and what its file was like.
+
+    Attributes:
+        jpg: an upright sRGB JPEG.
+        sha256: of the file as the source has it, 32 bytes.
+        shorter_side: of the file's photograph, pixels.
+        remark: what had to be guessed about the file; empty for nothing.
+    """
+
+    jpg: bytes
+    sha256: bytes
+    shorter_side: int
+    remark: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A set of photographs before it is packed.
 
     Attributes:
         classes: in order of `class_id`, with the counts of `records`.
         records: every photograph once, in any order.
-        photograph: image id -> the JPEG as it goes into the tar, in any order; raises
-            `BrokenPhotographError` where the file does not decode.
+        photograph: image id -> its photograph, in any order and any process, so it must be picklable: a frozen
+            dataclass with `__call__`, no closure. Raises `BrokenPhotographError` where the file does not decode.
         facts: what the source noticed, for people: shown by a dry run, kept in the card.
     """
 
     classes: tuple[ClassInfo, ...]
     records: tuple[Record, ...]
-    photograph: Callable[[str], bytes]
+    photograph: Callable[[str], Photograph]
     facts: Mapping[str, Any]
 
 

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from shards.build import SHARD_NAME, index_row
+from shards.build import index_row
 from shards.photographs import fit
 from shards.plan import BrokenPhotographError
 from shards.progress import progress
+from shards.workspace import SHARD_NAME
 from xcon.records import INDEX_COLUMNS, LATER_COLUMNS, SPLITS, Card, ClassInfo, Record, Shard, index_schema
 
 _MEMBERS = ("jpg", "txt", "json")

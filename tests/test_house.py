@@ -52,8 +52,8 @@ def test_nothing_imports_an_entry_script() -> None:
     assert {path.name: found for path in MODULES if (found := imported(path) & entries)} == {}
 
 
-def test_the_shard_builder_knows_the_record_and_not_the_trainer() -> None:
-    allowed = {"xcon.records", "xcon.commandline"}
+def test_the_shard_builder_knows_records_and_shards_and_not_the_trainer() -> None:
+    allowed = {"xcon.records", "xcon.commandline", "xcon.shardset"}
     for path in ROOT.glob("shards/*.py"):
         modules = {".".join(name.split(".")[:2]) for name in imported(path) if name.startswith("xcon.")}
         assert modules <= allowed, path.name

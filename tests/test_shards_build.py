@@ -14,8 +14,9 @@ from rich.console import Console
 
 from shards import cli, photographs, synthetic
 from shards.build import raw_id_range
-from shards.photographs import fit
+from shards.photographs import fit, take
 from shards.plan import BrokenPhotographError
+from shards.workspace import Share, workspace
 from tests import commands
 from xcon.records import Card, ClassInfo
 
@@ -170,52 +171,109 @@ def broken_copy(release: Path, folder: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_drop_broken(release, tmp_path, capsys, packed):
-    """One of 12 test photographs is cut: 11 are left, and the list names it; from an archive too."""
+    """One of 12 test photographs is cut: 11 are left, and the report names it; from an archive too."""
     root, file = broken_copy(release, tmp_path)
     if packed:
         with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
             tar.add(root, "nabirds")
         root = tmp_path / "x.tar.gz"
-    assert build(root, tmp_path / "set", "--drop-broken") == 0
-    assert "dropped: 1 " in capsys.readouterr().out
+    assert build(root, tmp_path / "set", "--drop", "broken") == 0
+    assert "trouble: 1 broken; dropped: 1; " in capsys.readouterr().out
     card = Card.load(tmp_path / "set")
     assert card.samples("test") == 11
-    assert card.made_by["dropped"] == 1
+    assert (card.made_by["dropped"], card.made_by["trouble"]) == (1, {"broken": 1})
     assert sum(info.counts["test"] for info in card.classes) == 11
-    with (tmp_path / "set" / "dropped.csv").open(newline="") as table:
+    with (tmp_path / "set" / "report.csv").open(newline="") as table:
         (row,) = csv.DictReader(table)
     assert row["image_id"].replace("-", "") == file.stem
-    assert row["split"] == "test"
-    assert f"images/{file.parent.name}/{file.name}: does not decode" in row["reason"]
+    assert (row["split"], row["kind"], row["dropped"]) == ("test", "broken", "yes")
+    assert f"images/{file.parent.name}/{file.name}: does not decode" in row["detail"]
     assert main(["verify", str(tmp_path / "set")]) == 0
 
 
-def test_an_interrupted_build_leaves_nothing(release, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the middle of packing."""
+def test_an_interrupted_build_keeps_its_shards_and_is_gone_on_with(release, tmp_path, capsys, monkeypatch):
+    """Ctrl-C at the 20th of 48 photographs, five to a shard: three shards are whole; then 33 are left."""
     calls = []
 
     def interrupted(data, name, **settings):
         calls.append(name)
         if len(calls) == 20:
             raise KeyboardInterrupt
-        return fit(data, name, **settings)
+        return take(data, name, **settings)
 
-    monkeypatch.setattr(photographs, "fit", interrupted)
-    assert build(release, tmp_path / "set", "--samples-per-shard", "5") == 130
+    monkeypatch.setattr(photographs, "take", interrupted)
+    arguments = ("--samples-per-shard", "5", "--workers", "1")
+    assert build(release, tmp_path / "set", *arguments) == 130
     assert capsys.readouterr().err == "xcon-shards: interrupted; give the same command again\n"
+    assert [p.name for p in sorted((tmp_path / "set").glob("*.tar"))] == [f"train-00000{n}.tar" for n in range(3)]
+    assert build(release, tmp_path / "set", *arguments) == 0
+    assert len(calls) == 20 + 33
+    assert build(release, tmp_path / "undisturbed", *arguments) == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_an_interrupted_build_without_a_shard_leaves_nothing(release, tmp_path, monkeypatch):
+    def interrupted(data, name, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(photographs, "take", interrupted)
+    assert build(release, tmp_path / "set", "--workers", "1") == 130
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_build_left_is_overwritten(release, tmp_path):
-    """A killed build leaves its marker, shards and hidden files, and no card."""
+def test_what_workers_were_writing_goes_when_they_are_interrupted(tmp_path):
+    def interrupted():
+        with workspace(tmp_path / "set", Share()) as space:
+            space.begin({}, "a plan", ["train-000000.tar"])
+            (space.out / ".train-000000.tar.x1y2").touch()
+            (space.out / "..train-000000.made.json.x1y2").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_command_in_a_begun_folder_is_refused_and_harms_nothing(release, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def interrupted(data, name, **settings):
+        calls.append(name)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return take(data, name, **settings)
+
+    monkeypatch.setattr(photographs, "take", interrupted)
     out = tmp_path / "set"
-    out.mkdir()
-    left = (".xcon-build", "train-000007.tar", "val-000000.index.parquet", ".train-000008.tar.x1y2", ".spool")
+    assert build(release, out, "--samples-per-shard", "5", "--workers", "1") == 130
+    before = contents(out)
+    capsys.readouterr()
+    assert build(release, out, "--samples-per-shard", "5", "--seed", "1", "--quality", "80") == 2
+    assert capsys.readouterr().err == (
+        f"xcon-shards: --out {out}: holds the beginning of another build (--quality was 90, now 80, --seed was 0, "
+        "now 1); give its command again to go on, or remove the folder to start anew\n"
+    )
+    assert contents(out) == before
+
+
+def test_what_a_killed_build_left_is_overwritten(release, tmp_path):
+    """Shards without a note, notes without a shard, and files that were being written are not believed."""
+    out = tmp_path / "set"
+    (out / ".work-0").mkdir(parents=True)
+    (out / ".xcon-build").touch()
+    left = (
+        *("train-000007.tar", "val-000000.index.parquet", ".train-000008.tar.x1y2", ".work-0/.spool"),
+        *("..test-000000.made.json.abc", ".train-000003.made.json"),
+    )
     for name in left:
-        (out / name).write_bytes(b"left")
+        (out / name).write_bytes(b"{}")
     assert build(release, out) == 0
-    assert not [p.name for p in out.iterdir() if p.name in left]
-    assert main(["verify", str(out)]) == 0
+    assert build(release, tmp_path / "undisturbed") == 0
+    assert contents(out) == contents(tmp_path / "undisturbed")
 
 
 def test_a_failed_build_leaves_the_folder_it_found(release, tmp_path):

@@ -167,7 +167,7 @@ def write_text(folder: Path, name: str, text: str, arguments: list[str]) -> list
 
 
 CASES = [
-    Case("no command", lambda f: [], "{build, verify, info}"),
+    Case("no command", lambda f: [], "{build, verify, audit, info}"),
     Case("unknown command", lambda f: ["pack"], "Unrecognized options: pack. Available subcommands: build"),
     Case(
         "unknown source",
@@ -262,7 +262,7 @@ CASES = [
     Case("meta and val", lambda f: [*with_meta(f), "--val-per-class", "1"], "--val-per-class 1: --meta says"),
     Case("too much val", lambda f: build(f, "--val-per-class", "9"), "has only 9 train photographs"),
     Case("cut photograph", cut_photograph, "does not decode (image file is truncated"),
-    Case("cut photograph, archive", cut_photograph_in_archive, "; --drop-broken leaves it out"),
+    Case("cut photograph, archive", cut_photograph_in_archive, "; --drop broken leaves it out"),
     Case("cut archive", cut_archive, "a.tgz: not a whole archive ("),
     Case("no archive", no_archive, "a.tgz: not a whole archive ("),
     Case(
@@ -289,6 +289,22 @@ CASES = [
         "no train left",
         lambda f: ["build", "synthetic", "--out", str(f / "out"), "--per-class", "4"],
         "--per-class 4: leaves no train beside 4 val",
+    ),
+    Case("drop what", lambda f: build(f, "--drop", "ugly"), "--drop"),
+    Case("no workers", lambda f: build(f, "--workers", "0"), "--workers 0: a number from 1 to "),
+    Case("task too far", lambda f: build(f, "--tasks", "3", "--task", "3"), "--task 3: a number from 0 to 2 is"),
+    Case("repair nothing", lambda f: build(f, "--repair", out="none"), "none: no such folder"),
+    Case("repair a task", lambda f: build(f, "--repair", "--tasks", "2"), "--repair: not together with --tasks"),
+    Case(
+        "repair with others",
+        lambda f: [*with_meta(f), "--out", str(f / "set"), "--repair", "--size", "99"],
+        "set: was made with other settings (--size was 384, now 99)",
+    ),
+    Case("audit nowhere", lambda f: ["audit", str(f / "nowhere")], "nowhere: no such folder"),
+    Case(
+        "audit over a file",
+        lambda f: ["audit", str(f / "set"), "--out", str(f / "a/images.txt")],
+        "images.txt: is there already",
     ),
     Case("verify nowhere", lambda f: ["verify", str(f / "nowhere")], "nowhere: no such folder"),
     Case("info nowhere", lambda f: ["info", str(f / "a")], "a: no dataset.json here"),
@@ -332,7 +348,7 @@ def test_a_real_process_says_one_line(encoding, tmp_path):
     assert result.returncode == 2
     assert result.stderr == (
         "xcon-shards: Unrecognized options: bild. "
-        "Available subcommands: build, verify, info (see xcon-shards --help)\n"
+        "Available subcommands: build, verify, audit, info (see xcon-shards --help)\n"
     )
 
 

@@ -115,6 +115,34 @@ def test_reproduce_is_an_array_job() -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("array", "part"),
+    [
+        ({}, []),
+        (
+            {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"},
+            ["--task", "2", "--tasks", "4"],
+        ),
+    ],
+)
+def test_a_task_of_an_array_builds_its_part(array: dict[str, str], part: list[str], tmp_path: Path) -> None:
+    """`xcon-shards` is a stand-in that shows how it was called."""
+    stub = tmp_path / "xcon-shards"
+    stub.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
+    done = subprocess.run(
+        ["bash", "slurm/build_shards.sh", "nabirds", "--root", "a b", "--workers", "9"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "XCON_ENV": str(tmp_path / "env"), "SLURM_CPUS_PER_TASK": "4", **array},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    arguments = ["build", "nabirds", "--workers", "4", *part, "--root", "a b", "--workers", "9"]
+    assert done.stdout.splitlines() == arguments
+
+
 def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
     """`singularity` is a stand-in that shows how it was called."""
     singularity = tmp_path / "singularity"
