@@ -1,6 +1,7 @@
 """`xcon-shards`: builds, verifies and describes shard sets.
 
     xcon-shards build nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out data/nabirds
+    xcon-shards build imagefolder --root photographs --label-column species --test-share 0.2 --out data/mine
     xcon-shards build synthetic --out shards/synthetic
     xcon-shards verify data/nabirds
     xcon-shards info data/nabirds
@@ -22,6 +23,9 @@ import tyro
 from rich.console import Console
 
 from shards import build, verify
+from shards.hub import Hub
+from shards.imagefolder import ImageFolder
+from shards.inaturalist import INaturalist
 from shards.nabirds import NABirds
 from shards.source import Room, Source
 from shards.synthetic import Synthetic
@@ -31,7 +35,7 @@ from xcon.records import Card
 PROG = "xcon-shards"
 
 
-SOURCES: tuple[type[Source], ...] = (NABirds, Synthetic)
+SOURCES: tuple[type[Source], ...] = (NABirds, ImageFolder, INaturalist, Hub, Synthetic)
 
 # tyro reads unions; this one has a member for each source.
 _Source = functools.reduce(operator.or_, (Annotated[s, tyro.conf.subcommand(s.NAME)] for s in SOURCES))
@@ -128,13 +132,19 @@ def _made_by(source: Source) -> dict[str, Any]:
     settings = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
     for name in ("out", "dry_run", "keep_source"):
         settings.pop(name, None)
-    named = {name: value.name if isinstance(value, Path) else value for name, value in settings.items()}
+    named = {name: _without_folder(value) for name, value in settings.items()}
     versions = {name: version(name) for name in ("xcon", "pillow", "numpy")}
     return {
         "source": source.NAME,
         **named,
         "versions": versions,
     }
+
+
+def _without_folder(setting: Any) -> Any:
+    if isinstance(setting, tuple):
+        return [_without_folder(value) for value in setting]
+    return setting.name if isinstance(setting, Path) else setting
 
 
 def _show(facts: Mapping[str, str], console: Console) -> None:
