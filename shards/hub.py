@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from shards.columns import Columns, Row, column_facts, no_label
 from shards.observations import Observation, Reader, Taxon, image_id, split_of
 from shards.photographs import Fit
@@ -35,7 +37,7 @@ class Hub(Columns):
 
     def plan(self, room: Room) -> Plan:
         """Loads the set; its photographs stay where they are."""
-        loaded = load(self.name, self.config)
+        loaded = load(self.name, self.config, room.console)
         chosen = self._chosen(tuple(loaded))
         features = loaded[next(iter(chosen))].features
         image = self._image_column(features)
@@ -164,7 +166,7 @@ class RowPhotographs:
         return self.fit(data, where)
 
 
-def load(name: str, config: str | None) -> Mapping[str, Any]:
+def load(name: str, config: str | None, console: Console) -> Mapping[str, Any]:
     """Their split -> its rows.
 
     Raises:
@@ -173,7 +175,8 @@ def load(name: str, config: str | None) -> Mapping[str, Any]:
     datasets = importlib.import_module("datasets")  # takes seconds, and no other source needs it
     folder = Path(name)
     saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-    datasets.disable_progress_bars()
+    if not console.is_terminal:
+        datasets.disable_progress_bars()
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:

@@ -19,11 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from shards import exif
 from shards.columns import Columns, Row, column_facts, no_label
 from shards.observations import SPLIT_NAMES, Files, Observation, Reader, image_id
 from shards.photographs import SUFFIXES
 from shards.plan import Plan
+from shards.progress import progress
 from shards.source import Room
 from shards.tables import Table, read_table
 
@@ -71,7 +74,7 @@ class ImageFolder(Columns):
             **reader.facts,
         }
         if self.exif:
-            found, filled = _with_exif(found, self.root, paths)
+            found, filled = _with_exif(found, self.root, paths, room.console)
             facts["taken from EXIF"] = filled
         return self.assemble(found, taxa, Files(self.root, paths, self.fit), facts)
 
@@ -230,19 +233,21 @@ def _labels_by_folder(
 
 
 def _with_exif(
-    found: Sequence[Observation], root: Path, paths: Mapping[str, str]
+    found: Sequence[Observation], root: Path, paths: Mapping[str, str], console: Console
 ) -> tuple[list[Observation], dict[str, int]]:
     """The observations with what the cameras noted, where nothing else is known; and how often."""
     filled = {"places": 0, "dates": 0}
     complete = []
-    for o in found:
-        note = exif.read(root / paths[o.image_id]) if o.lon is None or o.date is None else exif.NOTHING
-        new: dict[str, Any] = {}
-        if o.lon is None and note.lon is not None:
-            new.update(lon=note.lon, lat=note.lat)
-            filled["places"] += 1
-        if o.date is None and note.date is not None:
-            new.update(date=note.date)
-            filled["dates"] += 1
-        complete.append(dataclasses.replace(o, **new))
+    with progress(console, "read EXIF", len(found), "photographs") as advance:
+        for o in found:
+            note = exif.read(root / paths[o.image_id]) if o.lon is None or o.date is None else exif.NOTHING
+            new: dict[str, Any] = {}
+            if o.lon is None and note.lon is not None:
+                new.update(lon=note.lon, lat=note.lat)
+                filled["places"] += 1
+            if o.date is None and note.date is not None:
+                new.update(date=note.date)
+                filled["dates"] += 1
+            complete.append(dataclasses.replace(o, **new))
+            advance(1)
     return complete, filled
