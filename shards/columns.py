@@ -85,7 +85,7 @@ class Columns(Observations):
             have, lack = ("lon", "lat") if "lon" in found else ("lat", "lon")
             raise ValueError(
                 f"{where}: column {found[have]!r} is the {have}, which is the {lack}? --{lack}-column names one "
-                f"of {_listed(columns)}; or --{have}-column '' reads no places"
+                f"of {', '.join(columns)}; or --{have}-column '' reads no places"
             )
         return found
 
@@ -165,18 +165,16 @@ def column_facts(
 
 
 def _named(name: str, flag: str, columns: Sequence[str], where: str) -> str:
+    if not columns:
+        raise ValueError(f"{flag} {name}: {where} has no table; put a metadata.csv there, or name one with --meta")
     if name not in columns:
-        raise ValueError(f"{flag} {name}: {where} has no such column, only {_listed(columns)}")
+        raise ValueError(f"{flag} {name}: {where} has no such column, only {', '.join(columns)}")
     return name
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(columns) or "none at all"
 
 
 def no_label(columns: Sequence[str], where: str) -> ValueError:
     """The error where nothing says which class a photograph is of."""
-    return ValueError(f"{where}: has no column 'label'; --label-column names one of {_listed(columns)}")
+    return ValueError(f"{where}: has no column 'label'; --label-column names one of {', '.join(columns)}")
 
 
 def _text(value: Any, where: str, column: str) -> str:

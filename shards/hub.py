@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from shards.columns import Columns, Row, column_facts, no_label
-from shards.observations import Observation, Reader, Taxon, image_id, split_of
+from shards.observations import Observation, Taxon, image_id, split_of
 from shards.photographs import Fit
 from shards.plan import Plan
 from shards.source import Room
@@ -44,8 +44,8 @@ class Hub(Columns):
         columns = [name for name in features if name != image]
         roles = self._roles(columns, chosen)
         rows, places = self._rows(loaded, chosen, [*roles.values(), *self.hierarchy_columns])
-        reader = Reader(self.unreadable_as_unknown)
-        found, taxa = self.read(rows, roles, reader)
+        with self.reading() as reader:
+            found, taxa = self.read(rows, roles, reader)
         if names := getattr(features[roles["label"]], "names", None):
             taxa = _named(found, taxa, names)
         facts = {
@@ -94,7 +94,7 @@ class Hub(Columns):
         """
         if not self.splits:
             return {name: split_of(name, self.name, "--splits train=THEIRS") for name in names}
-        chosen = {}
+        chosen: dict[str, str] = {}
         for text in self.splits:
             ours, _, theirs = text.partition("=")
             if ours not in SPLITS or theirs not in names:
@@ -102,6 +102,8 @@ class Hub(Columns):
                     f"--splits {text}: OURS=THEIRS is needed, ours one of {', '.join(SPLITS)}, theirs one of "
                     f"{', '.join(names)}"
                 )
+            if theirs in chosen:
+                raise ValueError(f"--splits {text}: {theirs} is {chosen[theirs]} already")
             chosen[theirs] = ours
         return chosen
 

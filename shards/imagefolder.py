@@ -23,7 +23,7 @@ from rich.console import Console
 
 from shards import exif
 from shards.columns import Columns, Row, column_facts, no_label
-from shards.observations import SPLIT_NAMES, Files, Observation, Reader, image_id
+from shards.observations import SPLIT_NAMES, Files, Observation, image_id
 from shards.photographs import SUFFIXES
 from shards.plan import Plan
 from shards.progress import progress
@@ -59,11 +59,14 @@ class ImageFolder(Columns):
             tables = {"": read_table(self.meta)}
         columns = _same_columns(tables, files.tables)
         where = str(self.meta or self.root.joinpath(*files.tables[:1]))
-        roles = self.roles(columns, where) if tables else {}
+        roles = self.roles(columns, where)
+        if not tables and (self.drop_unlisted or self.file_column != "file_name"):
+            flag = "--drop-unlisted" if self.drop_unlisted else "--file-column"
+            raise ValueError(f"{flag}: {where} has no table; put a metadata.csv there, or name one with --meta")
         rows = list(self._rows(files.photographs, tables, roles, columns, where))
         unlisted = self._unlisted(rows, files.photographs, where)
-        reader = Reader(self.unreadable_as_unknown)
-        found, taxa = self.read(rows, roles, reader)
+        with self.reading() as reader:
+            found, taxa = self.read(rows, roles, reader)
         paths = {o.image_id: row.path for o, row in zip(found, rows, strict=True)}
         facts = {
             **column_facts(

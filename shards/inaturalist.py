@@ -50,29 +50,24 @@ class INaturalist(Observations):
         """Reads all files and joins them by image id."""
         files = [(split, path, _object(path)) for split, path in map(split_and_file, self.annotations)]
         categories = self._categories(files)
-        kept = {i: c for i, c in categories.items() if self._is_asked(c)}
-        if not kept:
-            groups = ", ".join(sorted({str(c.get("supercategory")) for c in categories.values()}))
-            raise ValueError(f"--supercategories {' '.join(self.supercategories)}: there are only {groups}")
-        reader = Reader(self.unreadable_as_unknown)
+        kept = self._asked(categories)
         notes = read_locations(self.locations)
         found: list[Observation] = []
         paths: dict[str, str] = {}
-        for split, path, values in files:
-            labels = _labels(path, values)
-            for image in values["images"]:
-                if (
-                    observation := _observation(path, split, image, labels, categories, notes, reader)
-                ).label in kept:
-                    found.append(observation)
-                    paths[observation.image_id] = image["file_name"]
+        with self.reading() as reader:
+            for split, path, values in files:
+                labels = _labels(path, values, categories)
+                for image in values["images"]:
+                    if labels[image["id"]] in kept:
+                        found.append(_observation(path, split, image, labels[image["id"]], notes, reader))
+                        paths[str(image["id"])] = image["file_name"]
         _check_locations(self.locations, notes, found, paths)
         missing = self._missing(paths)
         taxa, without = taxa_of(kept, {o.label for o in found}, self.names)
+        listed = sum(len(values["images"]) for *_, values in files)
         facts = {
             "split files": ", ".join(f"{split} from {path.name}" for split, path, _ in files),
-            "photographs of other supercategories, left out": sum(len(v["images"]) for *_, v in files)
-            - len(found),
+            "photographs of other supercategories, left out": listed - len(found),
             "photographs that are not there": missing,
             "classes called by their scientific name": without,
             "categories without photographs": len(kept) - len(taxa),
@@ -101,8 +96,21 @@ class INaturalist(Observations):
                     )
         return known
 
-    def _is_asked(self, category: Mapping[str, Any]) -> bool:
-        return not self.supercategories or category.get("supercategory") in self.supercategories
+    def _asked(self, categories: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+        """The categories of the supercategories asked for, all where none is.
+
+        Raises:
+            ValueError: no such supercategory.
+        """
+        groups = {category.get("supercategory") for category in categories.values()}
+        if unknown := [name for name in self.supercategories if name not in groups]:
+            raise ValueError(
+                f"--supercategories {unknown[0]}: there are only {', '.join(sorted(map(str, groups)))}"
+            )
+        asked = self.supercategories or groups
+        return {
+            number: category for number, category in categories.items() if category.get("supercategory") in asked
+        }
 
     def _missing(self, paths: Mapping[str, str]) -> int:
         """How many photographs are not there: an error but for a dry run."""
@@ -172,32 +180,37 @@ def _check_fields(path: Path, name: str, entries: Any, fields: tuple[str, ...]) 
                 raise ValueError(f"{path}: entry {number} of {name!r} has no {field!r}")
 
 
-def read_locations(files: Iterable[Path]) -> dict[int, Mapping[str, Any]]:
+def read_locations(files: Iterable[Path]) -> dict[str, Mapping[str, Any]]:
     """Image id -> its entry in the location files of 2017 and 2018.
 
     Raises:
         ValueError: not such a file, or an image twice.
     """
-    notes: dict[int, Mapping[str, Any]] = {}
+    notes: dict[str, Mapping[str, Any]] = {}
     for path in files:
         entries = _load(path)
         if not isinstance(entries, list):
             raise ValueError(f"{path}: not a list, so it is no location file of iNaturalist 2017 or 2018")
         _check_fields(path, "the list", entries, ("id", "lon", "lat", "date"))
         for entry in entries:
-            if entry["id"] in notes:
+            if str(entry["id"]) in notes:
                 raise ValueError(f"{path}: image {entry['id']} stands in the location files twice")
-            notes[entry["id"]] = entry
+            notes[str(entry["id"])] = entry
     return notes
 
 
-def _labels(path: Path, values: Mapping[str, Any]) -> dict[int, int]:
-    """Image id -> category id; several boxes of one image agree."""
+def _labels(path: Path, values: Mapping[str, Any], categories: Mapping[int, Any]) -> dict[int, int]:
+    """Image id -> category id, for every image; several boxes of one image agree."""
     labels: dict[int, int] = {}
     for entry in values["annotations"]:
         image, label = entry["image_id"], entry["category_id"]
         if labels.setdefault(image, label) != label:
             raise ValueError(f"{path}: image {image} has categories {labels[image]} and {label}")
+        if label not in categories:
+            raise ValueError(f"{path}: image {image} has category {label}, which the categories lack")
+    for entry in values["images"]:
+        if entry["id"] not in labels:
+            raise ValueError(f"{path}: image {entry['id']} has no annotation, so no class")
     return labels
 
 
@@ -205,17 +218,12 @@ def _observation(
     path: Path,
     split: str,
     image: Mapping[str, Any],
-    labels: Mapping[int, int],
-    categories: Mapping[int, Mapping[str, Any]],
-    notes: Mapping[int, Mapping[str, Any]],
+    label: int,
+    notes: Mapping[str, Mapping[str, Any]],
     reader: Reader,
 ) -> Observation:
-    number = image["id"]
+    number = str(image["id"])
     where = f"{path}: image {number}"
-    if number not in labels:
-        raise ValueError(f"{where} has no annotation, so no class")
-    if labels[number] not in categories:
-        raise ValueError(f"{where} has category {labels[number]}, which the categories lack")
     known = {**image, **notes.get(number, {})}
     lon, lat = (known.get(short, known.get(long)) for short, long in (("lon", "longitude"), ("lat", "latitude")))
     lon, lat = reader.place(lon, lat, where)
@@ -224,8 +232,8 @@ def _observation(
     more = {name: known[name] for name in _KEPT if name in known}
     return Observation(
         where=where,
-        image_id=str(number),
-        label=labels[number],
+        image_id=number,
+        label=label,
         lon=lon,
         lat=lat,
         date=reader.date(known.get("date"), where),
@@ -235,10 +243,10 @@ def _observation(
 
 
 def _check_locations(
-    files: tuple[Path, ...], notes: Mapping[int, Any], found: Iterable[Observation], paths: Mapping[str, str]
+    files: tuple[Path, ...], notes: Mapping[str, Any], found: Iterable[Observation], paths: Mapping[str, str]
 ) -> None:
     """Raises ValueError where location files were given and lack an image."""
-    if files and (lacking := [o for o in found if int(o.image_id) not in notes]):
+    if files and (lacking := [o for o in found if o.image_id not in notes]):
         raise ValueError(
             f"{files[0]}: {len(lacking):,} of {len(paths):,} photographs are not in the location files, the first "
             f"is that of {lacking[0].where}; give the one of every annotation file"

@@ -11,7 +11,8 @@ import math
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,51 +68,45 @@ class Taxon:
 
 
 class Reader:
-    """Reads places and dates as they stand in tables.
+    """Reads places and dates as they stand in tables; what is none is unknown, and remembered."""
 
-    Args:
-        forgiving: take what is no place or no date as unknown, and count it, instead of failing.
-    """
-
-    def __init__(self, forgiving: bool) -> None:
-        self.forgiving = forgiving
+    def __init__(self) -> None:
         self.unreadable = {"places": 0, "dates": 0}
+        self._first = ""
 
     def place(self, lon: Any, lat: Any, where: str) -> tuple[float | None, float | None]:
-        """Degrees, or None and None.
-
-        Raises:
-            ValueError: no place; the message begins with `where`.
-        """
+        """Degrees; None and None where unknown."""
         try:
             numbers = _number(lon, "lon"), _number(lat, "lat")
             check_place(lon=numbers[0], lat=numbers[1])
         except ValueError as error:
-            self._forgive("places", where, error)
+            self._remember("places", where, error)
             return None, None
         return numbers
 
     def date(self, value: Any, where: str) -> str | float | None:
-        """An ISO date, a fraction of the year, or None.
-
-        Raises:
-            ValueError: no date; the message begins with `where`.
-        """
+        """An ISO date, or a fraction of the year; None where unknown."""
         try:
             return _date(value)
         except ValueError as error:
-            self._forgive("dates", where, error)
+            self._remember("dates", where, error)
             return None
+
+    def check(self) -> None:
+        """Raises ValueError with the first that could not be read, and the number of the others."""
+        if self._first:
+            others = sum(self.unreadable.values()) - 1
+            more = f" (and {others:,} more that are no place or no date)" if others else ""
+            raise ValueError(f"{self._first}{more}; --unreadable-as-unknown takes such as unknown and counts them")
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was forgiven, for the facts of a plan."""
-        return {"unreadable, taken as unknown": self.unreadable} if self.forgiving else {}
+        """What could not be read, for the facts of a plan; nothing where all could."""
+        return {"unreadable, taken as unknown": self.unreadable} if self._first else {}
 
-    def _forgive(self, what: str, where: str, error: ValueError) -> None:
-        if not self.forgiving:
-            raise ValueError(f"{where}: {error}; --unreadable-as-unknown takes such {what} as unknown") from None
+    def _remember(self, what: str, where: str, error: ValueError) -> None:
         self.unreadable[what] += 1
+        self._first = self._first or f"{where}: {error}"
 
 
 def is_unknown(value: Any) -> bool:
@@ -227,6 +222,18 @@ class Observations(Source):
                 raise ValueError(f"--{split}-share {share}: a number from 0 to below 1 is needed")
             if number and share:
                 raise ValueError(f"--{split}-share {share}: --{split}-per-class {number} is given; one of them")
+
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """Gives a reader of places and dates.
+
+        Raises:
+            ValueError: at the end, where something was no place or no date, unless that is to be unknown.
+        """
+        reader = Reader()
+        yield reader
+        if not self.unreadable_as_unknown:
+            reader.check()
 
     def assemble(
         self,

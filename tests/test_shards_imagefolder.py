@@ -224,20 +224,21 @@ def test_accents_written_in_two_ways_are_one_file(tmp_path):
     ],
 )
 def test_dates_by_hand(cell, date):
-    assert Reader(forgiving=False).date(cell, "row 1") == date
+    reader = Reader()
+    assert reader.date(cell, "row 1") == date
+    reader.check()
+    assert reader.facts == {}
 
 
 @pytest.mark.parametrize(
     "cell", ["17.06.2019", "6/17/2019", "2019", "2019-06", "2019-06-17/2019-06-18", "1.5", "summer", "2021-02-30"]
 )
-def test_what_is_no_date_is_an_error_or_counted(cell):
-    with pytest.raises(
-        ValueError, match=r"^row 1: date .* is neither an ISO date such as 2026-07-01 nor a fraction"
-    ):
-        Reader(forgiving=False).date(cell, "row 1")
-    forgiving = Reader(forgiving=True)
-    assert forgiving.date(cell, "row 1") is None
-    assert forgiving.facts == {"unreadable, taken as unknown": {"places": 0, "dates": 1}}
+def test_what_is_no_date_is_unknown_and_an_error(cell):
+    reader = Reader()
+    assert reader.date(cell, "row 1") is None
+    assert reader.facts == {"unreadable, taken as unknown": {"places": 0, "dates": 1}}
+    with pytest.raises(ValueError, match=r"^row 1: date .* is neither an ISO date such as 2026-07-01 nor a frac"):
+        reader.check()
 
 
 def test_unreadable_places_are_counted(tmp_path):

@@ -177,7 +177,7 @@ CASES = [
         "lat of 95",
         one("51.5", "95"),
         "lab/metadata.csv line 2: lat 95.0 is outside [-90, 90] degrees: are lon and lat exchanged?; "
-        "--unreadable-as-unknown takes such places as unknown",
+        "--unreadable-as-unknown takes such as unknown and counts them",
     ),
     Case(
         "exchanged", one("51.5,-0.5", "-120.5,47"), "line 2: lat -120.5 is outside [-90, 90] degrees: are lon and"
@@ -190,7 +190,12 @@ CASES = [
         "no date",
         one("2021-05-04", "04/05/2021"),
         "line 2: date '04/05/2021' is neither an ISO date such as 2026-07-01 nor a fraction of the year in "
-        "[0, 1]; --unreadable-as-unknown takes such dates as unknown",
+        "[0, 1]; --unreadable-as-unknown takes such as unknown and counts them",
+    ),
+    Case(
+        "several",
+        lambda f: table(f, *(row.replace("-0.5", "west").replace("2020", "20") for row in ROWS)),
+        "line 2: lon 'west' is no number of degrees such as -73.985 (and 2 more that are no place or no date)",
     ),
     Case("an interval", one("2021-05-04", "2021-05-04/2021-05-06"), "line 2: date '2021-05-04/2021-05-06' is nei"),
     Case("no split", one("train", "holdout"), "line 2: split 'holdout' is none of train, training, val, "),
@@ -310,6 +315,14 @@ CASES = [
         ),
         "m.csv: column 'split' says the split, and so do the folders; --split-column split takes the column, ",
     ),
+    Case(
+        "columns of no table",
+        lambda f: lab(f, "--lon-column", "x", root="bare"),
+        "--lon-column x: {x}/bare has no table; put a metadata.csv there, or name one with --meta",
+    ),
+    Case(
+        "unused", lambda f: lab(f, "--drop-unlisted", root="bare"), "--drop-unlisted: {x}/bare has no table; put"
+    ),
     # drawn splits
     Case(
         "too small a class",
@@ -411,6 +424,7 @@ CASES = [
         lambda f: hub(f, "--splits", "dev=extra"),
         "--splits dev=extra: OURS=THEIRS is needed, ours one of",
     ),
+    Case("a split twice", lambda f: hub(f, *BOTH, "val=extra"), "--splits val=extra: extra is test already"),
     Case("no such split", lambda f: hub(f, "--splits", "test=test"), "theirs one of train, extra"),
     Case(
         "no image column",
