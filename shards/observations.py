@@ -120,8 +120,8 @@ def _number(value: Any, name: str) -> float | None:
     if is_unknown(value):
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(str(value))
+    except ValueError:
         raise ValueError(f"{name} {value!r} is no number of degrees such as -73.985") from None
 
 

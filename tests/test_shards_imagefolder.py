@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
@@ -293,6 +293,7 @@ def test_names_that_differ_in_case_alone_are_said(tmp_path):
     assert len(made.classes) == 3
 
 
+@settings(deadline=None)
 @given(st.text(string.printable + "\u00e9\u4e2d/", min_size=1), st.text(string.printable + "\u00e9/", min_size=1))
 def test_ids_of_paths(one, other):
     """Any path gives an id that a tar can hold; two paths give two."""
