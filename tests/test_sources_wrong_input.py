@@ -344,7 +344,7 @@ CASES = [
     Case(
         "broken",
         lambda f: put(f, "lab/a/1.jpg", "x", species(f)),
-        "a/1.jpg: does not decode (no image format that Pillow knows); --drop-broken leaves it out",
+        "a/1.jpg: does not decode (no image format that Pillow knows); --drop",
     ),
     # iNaturalist
     Case(
