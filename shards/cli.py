@@ -22,6 +22,9 @@ import tyro
 from rich.console import Console
 
 from shards import audit, build, repair, verify
+from shards.hub import Hub
+from shards.imagefolder import ImageFolder
+from shards.inaturalist import INaturalist
 from shards.nabirds import NABirds
 from shards.source import Room, Source
 from shards.synthetic import Synthetic
@@ -33,8 +36,7 @@ from xcon.shardset import ShardSet
 
 PROG = "xcon-shards"
 
-
-SOURCES: tuple[type[Source], ...] = (NABirds, Synthetic)
+SOURCES: tuple[type[Source], ...] = (NABirds, ImageFolder, INaturalist, Hub, Synthetic)
 
 # tyro reads unions; this one has a member for each source.
 _Source = functools.reduce(operator.or_, (Annotated[s, tyro.conf.subcommand(s.NAME)] for s in SOURCES))

@@ -101,7 +101,7 @@ class Source:
         """How the set is made, without what differs between two machines that make the same set."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in self.ELSEWHERE]
         settings = {name: getattr(self, name) for name in names}
-        named = {name: value.name if isinstance(value, Path) else value for name, value in settings.items()}
+        named = {name: _without_folder(value) for name, value in settings.items()}
         named["drop"] = sorted(self.drop)
         return {
             "source": self.NAME,
@@ -114,3 +114,9 @@ class Source:
             if not low <= getattr(self, name) <= high:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {getattr(self, name)}: a number from {low} to {high:,} is needed")
+
+
+def _without_folder(setting: Any) -> Any:
+    if isinstance(setting, tuple):
+        return [_without_folder(value) for value in setting]
+    return setting.name if isinstance(setting, Path) else setting

@@ -174,7 +174,11 @@ CASES = [
         lambda f: ["build", "cub", "--out", str(f / "out")],
         "cub (applied to xcon-shards build)",
     ),
-    Case("unknown source alone", lambda f: ["build", "cub"], "cub. Available subcommands: nabirds, synthetic"),
+    Case(
+        "unknown source alone",
+        lambda f: ["build", "cub"],
+        "cub. Available subcommands: nabirds, imagefolder, inaturalist, hub, synthetic",
+    ),
     Case("unknown flag", lambda f: build(f, "--bogus", "1"), "Unrecognized options: --bogus, 1 (see"),
     Case("not a number", lambda f: build(f, "--size", "large"), "Error parsing --size"),
     Case("out of range", lambda f: build(f, "--quality", "300"), "--quality 300: a number from 1 to 95"),
