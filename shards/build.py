@@ -48,7 +48,7 @@ from xcon.records import (
 DROPPED_NAME = "dropped.csv"
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
 _MARKER = ".xcon-build"
-_OURS = re.compile(
+OURS = re.compile(
     rf"\.?({'|'.join(SPLITS)})-\d{{6}}\.(tar|index\.parquet)(\..+)?|\.?{DROPPED_NAME}(\..+)?"
     rf"|\.{CARD_NAME}\..+|{SPOOL_NAME}|{DRAWN_NAME}|{_MARKER}"
 )
@@ -105,23 +105,24 @@ def _check_free(out: Path) -> None:
         raise ValueError(f"--out {out}: already holds a shard set; name a new folder, or remove it first")
     names = sorted(p.name for p in out.iterdir())
     killed = _MARKER in names
-    if foreign := [n for n in names if not (killed and _OURS.fullmatch(n))]:
+    if foreign := [n for n in names if not (killed and OURS.fullmatch(n))]:
         raise ValueError(f"--out {out}: holds other files ({foreign[0]}); name a new or empty folder")
 
 
 def _remove_ours(out: Path) -> None:
     for path in out.iterdir():
-        if _OURS.fullmatch(path.name):
-            _remove(path)
+        if OURS.fullmatch(path.name):
+            remove(path)
 
 
 def _remove_hidden(out: Path) -> None:
     for path in out.glob(".*"):
-        if _OURS.fullmatch(path.name):
-            _remove(path)
+        if OURS.fullmatch(path.name):
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file or a folder."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -226,7 +227,7 @@ def write_shard(path: Path, samples: Sequence[Sample]) -> Shard:
         with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8") as tar:
             rows = [_add_sample(tar, sample) for sample in samples]
     with atomic_write(path.with_name(index_name(path.name))) as file:
-        file.write(_index(rows))
+        file.write(index_bytes(rows))
     return Shard(file=path.name, samples=len(rows), size=hashed.size, sha256=hashed.sha256.hexdigest())
 
 
@@ -249,13 +250,14 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
     """Adds the three members; returns the row of the index."""
     offset = tar.offset + _BLOCK
     key = sample.record.image_id
-    _add_member(tar, f"{key}.jpg", sample.jpg)
-    _add_member(tar, f"{key}.txt", sample.caption.encode())
-    _add_member(tar, f"{key}.json", sample.record.to_json())
+    add_member(tar, f"{key}.jpg", sample.jpg)
+    add_member(tar, f"{key}.txt", sample.caption.encode())
+    add_member(tar, f"{key}.json", sample.record.to_json())
     return index_row(sample.record, sample.caption, offset=offset, size=len(sample.jpg))
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a file with nothing about it that another machine or day would change."""
     member = tarfile.TarInfo(name)  # mtime, uid, gid are 0, mode is 0644: the same bytes everywhere
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -277,7 +279,8 @@ def index_row(record: Record, text: str, *, offset: int, size: int) -> dict[str,
     }
 
 
-def _index(rows: list[dict[str, Any]]) -> bytes:
+def index_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """An index as a file, from rows of `index_row`."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=index_schema()), sink)
     return sink.getvalue().to_pybytes()

@@ -1,8 +1,11 @@
 """One photograph: decoded, turned upright, made small, encoded; or its bytes kept where they fit already."""
 
 import io
+import sys
+import warnings
 from collections.abc import Callable
 
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.plan import BrokenPhotographError
@@ -30,9 +33,9 @@ def fit(data: bytes, name: str, *, size: int, quality: int) -> bytes:
         BrokenPhotographError: the file does not decode to its last row.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             image.load()
-            if _fits(image, size):
+            if _fits(image, size) and _is_clean(data):
                 return data
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
@@ -44,6 +47,31 @@ def fit(data: bytes, name: str, *, size: int, quality: int) -> bytes:
     buffer = io.BytesIO()
     upright.resize(smaller, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def is_stored(data: bytes) -> bool:
+    """Whether a photograph is what `fit` gives: an upright RGB JPEG that decodes without a warning."""
+    try:
+        with _open(data) as image:
+            return _fits(image, sys.maxsize) and _is_clean(data)
+    except _DAMAGE:
+        return False
+
+
+def _open(data: bytes) -> Image.Image:
+    # Above 89 million pixels Pillow warns, which some cameras have; above twice that it refuses.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data))
+
+
+def _is_clean(data: bytes) -> bool:
+    """Whether a JPEG decodes without a warning: `xcon.images` wants that, while Pillow guesses what is damaged."""
+    try:
+        simplejpeg.decode_jpeg(data)
+    except ValueError:
+        return False
+    return True
 
 
 def _fits(image: Image.Image, size: int) -> bool:
