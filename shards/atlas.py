@@ -170,16 +170,35 @@ def _draw_map(
     draw_ocean(axes, region, coast)
     axes.plot(everywhere.lon, everywhere.lat, "o", ms=size, mfc=_OTHERS, mew=0, zorder=3)
     for kind, colour in zip(kinds, colours, strict=False):
-        axes.plot(kind.lon, kind.lat, "o", ms=1.4 * size, mfc=colour, mec="white", mew=0.3, zorder=4)
+        lon, lat, number = spots(kind.lon, kind.lat, cell=(east - west) / 200)
+        areas = (1.5 * size) ** 2 * np.sqrt(number)  # square points, as matplotlib has them
+        axes.scatter(lon, lat, areas, color=colour, edgecolors="white", linewidths=0.4, alpha=0.85, zorder=4)
     axes.set(xlim=(west, east), ylim=(south, north))
     draw_graticule(axes, 4)
+
+
+def spots(lon: np.ndarray, lat: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places that one dot would cover, put together.
+
+    Args:
+        lon: `[P]` degrees.
+        lat: `[P]` degrees.
+        cell: degrees within which places are one.
+
+    Returns:
+        lon and lat of the middles of the cells that have any, and how many they have, `[K]` each.
+    """
+    cells, number = np.unique(np.floor(np.stack([lon, lat]) / cell), axis=1, return_counts=True)
+    middle = (cells + 0.5) * cell  # [2, K]
+    return middle[0], middle[1], number
 
 
 def _draw_title(axes: Axes, kind: Kind) -> None:
     without = kind.records - len(kind.lon)
     count = f"{kind.records:,}" + (f", {without:,} without a place" if without else "")
-    axes.set_title(kind.name, loc="left", fontsize=9, fontweight="bold", color=INK)
-    axes.set_title(count, loc="right", fontsize=7.5, color=INK)
+    axes.set_title(count, loc="left", fontsize=7.5, color=INK, pad=4)
+    above = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 15), "textcoords": "offset points"}
+    axes.annotate(kind.name, **above, fontsize=9, fontweight="bold", color=INK)
 
 
 def _draw_months(axes: Axes, kind: Kind, colour: str) -> None:

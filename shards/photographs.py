@@ -3,7 +3,8 @@
 import io
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -58,11 +59,13 @@ def is_stored(data: bytes) -> bool:
         return False
 
 
-def _open(data: bytes) -> Image.Image:
-    # Above 89 million pixels Pillow warns, which some cameras have; above twice that it refuses.
+@contextmanager
+def _open(data: bytes) -> Iterator[Image.Image]:
+    # Pillow warns of damaged EXIF data, and above 89 million pixels, which some cameras have; it refuses twice that.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data))
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
 
 
 def _is_clean(data: bytes) -> bool:
