@@ -45,9 +45,9 @@ def stored(path: Path) -> Iterator[Stored]:
 def _plain_files(tar: tarfile.TarFile, size: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     for member in tar:
         if member.type != tarfile.REGTYPE or member.issparse():
-            raise ValueError(f"{member.name} is no plain file")
+            raise ValueError(f"{member.name!r} is no plain file")
         if not 0 <= member.size <= min(_LARGEST, size - member.offset_data):
-            raise ValueError(f"{member.name} claims {member.size:,} bytes")
+            raise ValueError(f"{member.name!r} claims {member.size:,} bytes")
         content = tar.extractfile(member)
         assert content is not None  # a plain file
         yield member, content.read()
@@ -57,7 +57,7 @@ def _record(group: list[tuple[tarfile.TarInfo, bytes]]) -> Stored:
     first = group[0][0]
     key = first.name.partition(".")[0]
     if [member.name for member, _ in group] != [f"{key}.{kind}" for kind in MEMBERS]:
-        raise ValueError(f"at {first.name}")
+        raise ValueError(f"at {first.name!r}")
     return Stored(key, first.offset_data, dict(zip(MEMBERS, (data for _, data in group), strict=True)))
 
 

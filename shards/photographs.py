@@ -61,7 +61,7 @@ def is_stored(data: bytes) -> bool:
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
-    # Pillow warns of damaged EXIF data, and above 89 million pixels, which some cameras have; it refuses twice that.
+    # Pillow warns of damaged EXIF data, and above 89 million pixels, which cameras have; it refuses twice that.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:

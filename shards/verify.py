@@ -247,6 +247,7 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: is missing; --repair rebuilds it from its tar")
     try:
         table = pq.read_table(path)
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
     whole = index_schema()
