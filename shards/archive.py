@@ -92,7 +92,7 @@ def scan(
                     keep(name, _content(archive, member))
             elif name.endswith(".txt") and member.size <= _LARGEST_TEXT:
                 texts[name] = _content(archive, member)
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, RecursionError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole archive ({error}); download it again") from None
     return texts, names
 
