@@ -28,10 +28,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from shards import cli
+from shards.build import Sample, write_shard
 from tests import commands
 from xcon.loader import Records
-from xcon.records import UNREADABLE, Card
-from xcon.shardset import ShardSet
+from xcon.records import UNREADABLE, Card, ClassInfo, Record
+from xcon.shardset import ShardSet, Split
 
 # As `xcon-shards build` calls them.
 DROP, REPORT = ("--drop-broken",), "dropped.csv"
@@ -237,10 +238,13 @@ def read(folder: Path) -> Iterator[tuple[str, bytes, np.ndarray]]:
     shards = ShardSet(folder)
     for name in shards.card.splits:
         split = shards.split(name)
-        records = Records(split, ("image",), transform=lambda pixels: pixels)
         for index in range(len(split)):
-            pixels = records[(0, index, 1.0)]["image"].permute(1, 2, 0)
-            yield split.image_id[index], split.photo(index), pixels.numpy()
+            yield split.image_id[index], split.photo(index), pixels_of(split, index)
+
+
+def pixels_of(split: Split, index: int) -> np.ndarray:
+    records = Records(split, ("image",), transform=lambda pixels: pixels)
+    return records[(0, index, 1.0)]["image"].permute(1, 2, 0).numpy()
 
 
 def check_set(folder: Path, sources: dict[str, bytes]) -> list[str]:
@@ -591,6 +595,33 @@ def test_damaged_shards_are_named_and_never_read_wrongly(forged, finished, tmp_p
         if problems:
             wrong[name] = problems
     assert wrong == {}
+
+
+def test_what_verify_passes_is_read_as_pillow_reads_it(photographs, tmp_path, capsys):
+    """300 damaged photographs put into a tar as they are, by somebody else's tool: the reader names what it does
+    not read, and reads all that verify does not name."""
+    _, _, sources = photographs
+    infos = (ClassInfo(0, 2, "Sky Lark", None, (), {"train": len(sources)}),)
+    records = [Record(key, 0, 2, "Sky Lark", None, None, None, "train") for key in sources]
+    shard = write_shard(tmp_path / "train-000000.tar", [Sample(r, sources[r.image_id], "a lark") for r in records])
+    Card(infos, {"train": (shard,)}, {}).save(tmp_path)
+    status, lines = run(["verify", tmp_path, "--workers", "1"], capsys)
+    assert status == 2
+    named = {key for key in sources if any(f"{key}.jpg: does not decode" in line for line in lines)}
+    assert len(lines) == len(named) + 1
+    assert 100 < len(named) < 290
+    split = ShardSet(tmp_path).split("train")
+    wrong = []
+    with bounds(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF data
+        for index, key in enumerate(sources):
+            try:
+                right = equal(sources[key], pixels_of(split, index))
+            except ValueError as error:
+                right = key in named and f"{key}.jpg: " in str(error)
+            if not right:
+                wrong.append(key)
+    assert wrong == []
 
 
 def test_damaged_indexes_are_named_and_repaired(finished, tmp_path, capsys):
