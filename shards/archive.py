@@ -6,6 +6,7 @@ small as they pass and put into one spool file, whose offsets are remembered.
 
 import contextlib
 import dataclasses
+import gzip
 import tarfile
 import zlib
 from collections import deque
@@ -21,6 +22,9 @@ from shards.pool import Pool, result_of
 from shards.progress import progress
 
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+_GZIP = b"\x1f\x8b"
+_AT_ONCE = 1 << 20  # bytes
+_LARGEST = 1 << 28  # bytes of a photograph
 _LARGEST_TEXT = 64_000_000  # bytes; the longest table of NABirds has 20 MB (parts/part_locs.txt)
 
 
@@ -149,7 +153,7 @@ def scan(
                     keep(name, _content(archive, member))
             elif name.endswith(".txt") and member.size <= _LARGEST_TEXT:
                 texts[name] = _content(archive, member)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, RecursionError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole archive ({error}); download it again") from None
     return texts, names
 
@@ -158,16 +162,22 @@ def _members(path: Path, console: Console) -> Iterator[tuple[tarfile.TarInfo, ta
     size = path.stat().st_size / 1e6
     with path.open("rb") as file, progress(console, f"read {path.name}", size, "MB") as advance:
         passed = 0
-        with tarfile.open(fileobj=file, mode="r|*") as archive:
+        # tarfile's own reading of gzip passes the checksum over, which stands at the very end.
+        stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == _GZIP else file
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=_AT_ONCE) as archive:
             for member in archive:
                 advance((file.tell() - passed) / 1e6)
                 passed = file.tell()
                 if member.isfile():
                     yield member, archive
+            while stream.read(_AT_ONCE):
+                pass
         advance(size - passed / 1e6)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.issparse() or member.size > _LARGEST:
+        raise tarfile.ReadError(f"{member.name!r} claims {member.size:,} bytes")
     file = archive.extractfile(member)
     assert file is not None  # a regular file: see _members
     return file.read()

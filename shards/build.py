@@ -404,13 +404,14 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
     """Adds the three members; returns the row of the index."""
     offset = tar.offset + _BLOCK
     key = sample.record.image_id
-    _add_member(tar, f"{key}.jpg", sample.jpg)
-    _add_member(tar, f"{key}.txt", sample.caption.encode())
-    _add_member(tar, f"{key}.json", sample.record.to_json())
+    add_member(tar, f"{key}.jpg", sample.jpg)
+    add_member(tar, f"{key}.txt", sample.caption.encode())
+    add_member(tar, f"{key}.json", sample.record.to_json())
     return index_row(sample.record, sample.caption, offset=offset, size=len(sample.jpg))
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a file with nothing about it that another machine or day would change."""
     member = tarfile.TarInfo(name)  # mtime, uid, gid are 0, mode is 0644: the same bytes everywhere
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

@@ -1,10 +1,11 @@
-"""`xcon-shards`: builds, verifies and describes shard sets.
+"""`xcon-shards`: builds, verifies, describes and exports shard sets.
 
     xcon-shards build nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out data/nabirds
     xcon-shards build synthetic --out shards/synthetic
     xcon-shards verify data/nabirds
     xcon-shards audit data/nabirds
-    xcon-shards info data/nabirds
+    xcon-shards info data/nabirds --map places.png
+    xcon-shards export data/nabirds --to datasets --out nabirds-parquet
 
 Exit status: 0 all was done; 2 wrong usage or input, with one line that says what and where; 130 interrupted.
 """
@@ -12,16 +13,17 @@ Exit status: 0 all was done; 2 wrong usage or input, with one line that says wha
 import dataclasses
 import functools
 import operator
+import shlex
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from shards import audit, build, repair, verify
+from shards import audit, build, info, repair, verify
 from shards.hub import Hub
 from shards.imagefolder import ImageFolder
 from shards.inaturalist import INaturalist
@@ -56,6 +58,10 @@ class Verify:
 
     folder: tyro.conf.Positional[Path]
     """The shard set."""
+    repair: bool = False
+    """Rebuild indexes from their tars, and remove the hidden files of a killed build; writes nothing else."""
+    workers: int | None = None
+    """Processes; without it one for each core, fewer for a small set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,26 @@ class Info:
 
     folder: tyro.conf.Positional[Path]
     """The shard set."""
+    classes: bool = False
+    """List the classes: records by split, share with a place and with a date."""
+    picture: Annotated[Path | None, tyro.conf.arg(name="map", metavar="FILE.png")] = None
+    """Draw where and when the records of the commonest classes are."""
+    species: tuple[str, ...] = ()
+    """Draw these on one map instead; a name without its plumage in parentheses takes all plumages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a shard set as plain WebDataset, or as a folder for datasets.load_dataset."""
+
+    folder: tyro.conf.Positional[Path]
+    """The shard set."""
+    to: Literal["webdataset", "datasets"]
+    """The form."""
+    out: Path
+    """New folder."""
+    licence: Annotated[str | None, tyro.conf.arg(name="license")] = None
+    """Of the photographs, as the hub writes it (cc-by-4.0, other); goes into the README."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +109,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
@@ -104,11 +131,13 @@ def run() -> None:
     if isinstance(command, Build):
         _build(command.source, console)
     elif isinstance(command, Verify):
-        _verify(command.folder, console)
+        _verify(command, console)
     elif isinstance(command, Audit):
         audit.audit(ShardSet(command.folder), console, out=command.out, seed=command.seed)
+    elif isinstance(command, Info):
+        _info(command, console)
     else:
-        verify.show(Card.load(command.folder), command.folder, console)
+        _export(command, console)
 
 
 def _build(source: Source, console: Console) -> None:
@@ -166,16 +195,70 @@ def _show(facts: Mapping[str, str], console: Console) -> None:
         console.print(f"{name:<{width}}  {value}", markup=False)
 
 
-def _verify(folder: Path, console: Console) -> None:
+def _verify(command: Verify, console: Console) -> None:
     """Raises ValueError with the only problem or, after a line for each, with their number."""
-    problems = list(verify.problems(Card.load(folder), folder, console))
+    folder = command.folder
+    if command.workers is not None and command.workers < 1:
+        raise ValueError(f"--workers {command.workers}: at least 1 is needed")
+    card = Card.load(folder)
+    outcome = verify.check(card, folder, console, repair=command.repair, workers=command.workers)
+    for line in outcome.repaired:
+        console.print(line, markup=False)
+    problems = outcome.problems
+    if outcome.lost and command.repair:
+        problems = [*problems, f"{folder}: with this machine's paths, run: {_rebuild(card, folder)}"]
     if len(problems) == 1:
         raise ValueError(problems[0])
     for problem in problems:
         complain(PROG, problem)
     if problems:
-        raise ValueError(f"{folder}: {len(problems)} problems")
-    console.print(f"{folder}: whole, every byte as the card says")
+        raise ValueError(f"{folder}: {len(outcome.problems):,} problems")
+    console.print(f"{folder}: whole, every byte as the card says", markup=False)
+
+
+def _rebuild(card: Card, folder: Path) -> str:
+    """The command that builds a set again, its settings as the card has them where they are not the defaults.
+
+    The card knows files by their names only.
+    """
+    name = str(card.made_by.get("source", "SOURCE"))
+    settings = [f for source in SOURCES if name == source.NAME for f in dataclasses.fields(source)]
+    words = [word for setting in settings for word in _option(setting, card.made_by.get(setting.name))]
+    return shlex.join(["xcon-shards", "build", name, *words, "--out", str(folder), "--repair"])
+
+
+def _option(setting: dataclasses.Field, value: Any) -> list[str]:
+    """A setting as it stands on the command line; nothing where the card has it not, or its default."""
+    if value is None or value == setting.default:
+        return []
+    flag = f"--{setting.name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag]
+    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+
+
+def _info(command: Info, console: Console) -> None:
+    if command.species and command.picture is None:
+        raise ValueError("--species: is drawn, so --map FILE.png is needed")
+    if command.picture is not None and command.picture.suffix != ".png":
+        raise ValueError(f"--map {command.picture}: a name ending in .png is needed")
+    card = Card.load(command.folder)
+    info.show(card, command.folder, console)
+    if command.classes:
+        info.show_classes(card, command.folder, console)
+    if command.picture is not None:
+        from shards import atlas  # noqa: PLC0415 - matplotlib alone takes a second to import
+
+        atlas.draw(card, command.folder, command.species, command.picture)
+
+
+def _export(command: Export, console: Console) -> None:
+    from shards import export  # noqa: PLC0415 - datasets alone takes a second to import
+
+    card = Card.load(command.folder)
+    counts = export.export(card, command.folder, command.out, console, to=command.to, licence=command.licence)
+    shown = ", ".join(f"{number:,} {split}" for split, number in counts.items())
+    console.print(f"{command.out}: {sum(counts.values()):,} photographs ({shown})", markup=False)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ The same file gives the same bytes, whatever process does it, with the same vers
 import functools
 import hashlib
 import io
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from shards.plan import BrokenPhotographError, Photograph
@@ -47,11 +50,7 @@ def take(data: bytes, name: str, *, size: int, quality: int) -> Photograph:
         BrokenPhotographError: the file does not decode to its last row, or is too large.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of half of what it refuses; the bound here is ours.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        with image:
+        with _open(data) as image:
             shorter, (jpg, remark) = min(image.size), _jpeg(image, data, size, quality)
     except UnidentifiedImageError:
         raise BrokenPhotographError(f"{name}: does not decode (no image format that Pillow knows)") from None
@@ -70,13 +69,40 @@ def _jpeg(image: Image.Image, data: bytes, size: int, quality: int) -> tuple[byt
     profile = image.info.get("icc_profile")
     image.load()
     to_srgb, remark = _to_srgb(profile, _kind(image)) if profile else (None, "")
-    if to_srgb is None and _fits(image, size):
+    if to_srgb is None and _fits(image, size) and _is_clean(data):
         return data, remark
     upright = _rgb(ImageOps.exif_transpose(image), to_srgb)
     smaller = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
     buffer = io.BytesIO()
     upright.resize(smaller, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue(), remark
+
+
+def is_stored(data: bytes) -> bool:
+    """Whether a photograph is what `fit` gives: an upright RGB JPEG that decodes without a warning."""
+    try:
+        with _open(data) as image:
+            return _fits(image, sys.maxsize) and _is_clean(data)
+    except _DAMAGE:
+        return False
+
+
+@contextmanager
+def _open(data: bytes) -> Iterator[Image.Image]:
+    # Pillow warns of damaged EXIF data, and above 89 million pixels, which cameras have; it refuses twice that.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+
+
+def _is_clean(data: bytes) -> bool:
+    """Whether a JPEG decodes without a warning: `xcon.images` wants that, while Pillow guesses what is damaged."""
+    try:
+        simplejpeg.decode_jpeg(data)
+    except ValueError:
+        return False
+    return True
 
 
 def _fits(image: Image.Image, size: int) -> bool:

@@ -1,9 +1,7 @@
 """A finished set of which files are missing or damaged: those alone are made anew, to the bytes of the card."""
 
-import hashlib
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from shards import trouble
-from shards.build import Job, Settings, index_bytes, index_row, make
+from shards.build import Job, Settings, index_bytes, make
+from shards.members import row_of, sha256, stored
 from shards.plan import Plan
 from shards.progress import progress
 from shards.workspace import WORK, changes, full_disk
@@ -107,15 +106,10 @@ def _damaged(out: Path, shards: Mapping[str, Shard], console: Console) -> list[s
     with progress(console, "check", sum(s.size for s in shards.values()) / 1e6, "MB") as advance:
         for shard in shards.values():
             path = out / shard.file
-            if not path.is_file() or path.stat().st_size != shard.size or _sha256(path) != shard.sha256:
+            if not path.is_file() or path.stat().st_size != shard.size or sha256(path) != shard.sha256:
                 found.append(shard.file)
             advance(shard.size / 1e6)
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _mend_index(out: Path, shard: Shard) -> bool:
@@ -130,19 +124,4 @@ def _mend_index(out: Path, shard: Shard) -> bool:
 
 def index_of(path: Path) -> bytes:
     """The index of a whole tar, from the tar alone."""
-    rows = []
-    with tarfile.open(path, mode="r:") as tar:
-        members = iter(tar)
-        for photograph in members:
-            text, record = (_content(tar, next(members)) for _ in range(2))
-            row = index_row(
-                Record.from_json(record), text.decode(), offset=photograph.offset_data, size=photograph.size
-            )
-            rows.append(row)
-    return index_bytes(rows)
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None
-    return file.read()
+    return index_bytes([row_of(Record.from_json(found.members["json"]), found) for found in stored(path)])

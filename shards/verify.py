@@ -1,29 +1,160 @@
-"""Reading a finished shard set back: `verify` finds every broken thing, `show` tells what is there."""
+"""Reading a finished shard set back: every broken thing is found, and an index is rebuilt from a whole tar.
+
+Shards are checked apart from each other, by several processes where there is enough to do; what only shows
+between them (a record that stands in two, counts) is checked as their reports come in, in the order of the card.
+"""
 
 import dataclasses
-import hashlib
 import itertools
-import statistics
-import tarfile
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
 
-from shards.build import index_row
-from shards.photographs import fit
-from shards.plan import BrokenPhotographError
+from shards.build import index_bytes
+from shards.members import Stored, row_of, sha256, stored
+from shards.photographs import is_stored
+from shards.pool import Pool
 from shards.progress import progress
-from shards.workspace import SHARD_NAME
-from xcon.records import INDEX_COLUMNS, LATER_COLUMNS, SPLITS, Card, ClassInfo, Record, Shard, index_schema
+from shards.trouble import REPORT_NAME
+from shards.workspace import is_ours, remove
+from xcon.records import (
+    CARD_NAME,
+    INDEX_COLUMNS,
+    LATER_COLUMNS,
+    SPLITS,
+    Card,
+    ClassInfo,
+    Record,
+    Shard,
+    atomic_write,
+    index_schema,
+)
 
-_MEMBERS = ("jpg", "txt", "json")
-_ANY_SIZE = 1 << 30  # pixels: nothing is made smaller here
+_PER_PROCESS = 2000  # photographs that are checked in about the time that a process takes to start
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a check.
+
+    Attributes:
+        problems: a line for each broken thing that is left.
+        repaired: a line for each thing that was put right.
+        lost: a tar is missing or not what the card says, so that only its source can bring it back.
+    """
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    repaired: list[str] = dataclasses.field(default_factory=list)
+    lost: bool = False
+
+
+@dataclasses.dataclass
+class _Report(Outcome):
+    """A shard by itself, with the image id and the class id of its records."""
+
+    records: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """Checks one shard of a split, in whatever process."""
+
+    card: Card
+    folder: Path
+    repair: bool
+
+    def __call__(self, place: tuple[str, Shard]) -> _Report:
+        split, shard = place
+        report = _Report()
+        path = self.folder / shard.file
+        if problem := _tar_problem(path, shard):
+            report.problems.append(problem)
+            report.lost = True
+        if not path.is_file() or path.stat().st_size != shard.size:
+            return report  # what stands in it would be one complaint after another
+        try:
+            self._records(split, shard, report)
+        except ValueError as error:
+            report.problems.append(str(error))
+        return report
+
+    def _records(self, split: str, shard: Shard, report: _Report) -> None:
+        """Checks records and index against each other, and rebuilds the index where asked and possible."""
+        path, index = self.folder / shard.file, self.folder / shard.index_file
+        wrong: list[str] = []  # with the index
+        rows: list[dict[str, Any]] | None = None
+        try:
+            rows = _read_index(index)
+        except ValueError as error:
+            wrong.append(str(error))
+        expected: list[dict[str, Any]] = []
+        readable, number = True, 0
+        for number, record in enumerate(stored(path), start=1):
+            found, problems = _read_record(self.card, split, record)
+            report.problems += [f"{path}: {problem}" for problem in problems]
+            if found is None:
+                readable = False
+                continue
+            report.records.append((found.image_id, found.class_id))
+            expected.append(row_of(found, record))
+            if rows and number <= len(rows):
+                wrong += [f"{path}: {problem}" for problem in _row_problems(expected[-1], rows[number - 1])]
+        if number != shard.samples:
+            report.problems.append(f"{path}: holds {number} records, the card says {shard.samples}")
+        if rows is not None and len(rows) != number:
+            wrong.append(f"{index}: has {len(rows)} rows, the tar {number} records")
+        if wrong and self.repair and readable and not report.lost:
+            with atomic_write(index) as file:
+                file.write(index_bytes(expected))
+            report.repaired.append(f"{index}: rebuilt from its tar")
+        else:
+            report.problems += wrong
+
+
+def check(
+    card: Card, folder: Path, console: Console, *, repair: bool = False, workers: int | None = None
+) -> Outcome:
+    """Compares a shard set with its card, every index with its tar, every record with its class.
+
+    Args:
+        card: of the set.
+        folder: of the set.
+        console: for the progress.
+        repair: rebuild the indices that are not those of their whole tars, remove what killed builds left hidden.
+        workers: processes; None for as many as there are cores, fewer for a small set. The outcome is the same.
+
+    Raises:
+        OSError: a file cannot be read or written, or a process was killed.
+    """
+    outcome, seen = Outcome(), _Seen()
+    shards = [(split, shard) for split, listed in card.splits.items() for shard in listed]
+    total = sum(shard.samples for _, shard in shards)
+    processes = min(len(shards), workers or min(_cores(), 1 + total // _PER_PROCESS))
+    with (
+        progress(console, "verify", total, "photographs") as advance,
+        Pool(_Check(card, folder, repair), max(1, processes)) as pool,
+    ):
+        for (split, shard), report in zip(shards, pool.each(shards), strict=True):
+            outcome.problems += report.problems
+            outcome.problems += (f"{folder / shard.file}: {line}" for line in seen.add(split, report.records))
+            outcome.repaired += report.repaired
+            outcome.lost |= report.lost
+            advance(shard.samples)
+    whole = not outcome.problems  # a broken shard makes every count wrong, and has been named
+    _find_strays(card, folder, outcome, repair=repair)
+    if whole:
+        outcome.problems += _count_problems(card, folder, seen)
+    return outcome
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass
@@ -33,29 +164,13 @@ class _Seen:
     splits: dict[str, str] = dataclasses.field(default_factory=dict)
     counts: Counter[tuple[int, str]] = dataclasses.field(default_factory=Counter)
 
-
-def problems(card: Card, folder: Path, console: Console) -> Iterator[str]:
-    """Compares a shard set with its card, every index with its tar, every record with its class.
-
-    Yields:
-        One line per broken thing, none for a whole set.
-    """
-    seen = _Seen()
-    shards = [(split, shard) for split, listed in card.splits.items() for shard in listed]
-    total = sum(shard.samples for _, shard in shards)
-    broken = False
-    with progress(console, "verify", total, "photographs") as advance:
-        for split, shard in shards:
-            for problem in _shard_problems(card, folder, split, shard, seen):
-                broken = True
-                yield problem
-            advance(shard.samples)
-    listed = {shard.file for _, shard in shards}
-    for path in sorted(folder.glob("*.tar")):
-        if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
-            yield f"{path}: not in the card; a reader of *.tar would take it along"
-    if not broken:  # a broken shard makes every count wrong, and has been named
-        yield from _count_problems(card, folder, seen)
+    def add(self, split: str, records: Sequence[tuple[str, int]]) -> Iterator[str]:
+        """Yields a line for each record that was there before."""
+        for image_id, class_id in records:
+            if image_id in self.splits:
+                yield f"{image_id}: stands in {self.splits[image_id]} already"
+            self.splits[image_id] = split
+            self.counts[class_id, split] += 1
 
 
 def _count_problems(card: Card, folder: Path, seen: _Seen) -> Iterator[str]:
@@ -66,42 +181,39 @@ def _count_problems(card: Card, folder: Path, seen: _Seen) -> Iterator[str]:
             yield f"{folder}: class {info.name!r} has {found} records in {split}, the card says {counted}"
 
 
-def _shard_problems(card: Card, folder: Path, split: str, shard: Shard, seen: _Seen) -> Iterator[str]:
-    path = folder / shard.file
+def _find_strays(card: Card, folder: Path, outcome: Outcome, *, repair: bool) -> None:
+    """Files with names of ours that no card names; the hidden ones a killed build or repair left."""
+    shards = [shard for listed in card.splits.values() for shard in listed]
+    named = {CARD_NAME, REPORT_NAME, *(s.file for s in shards), *(s.index_file for s in shards)}
+    for path in sorted(folder.iterdir()):
+        if path.name in named or not is_ours(path.name):
+            continue
+        if not path.name.startswith("."):
+            outcome.problems.append(f"{path}: not in the card; a reader of all files would take it along")
+        elif repair:
+            remove(path)
+            outcome.repaired.append(f"{path}: removed, left by a killed build")
+        else:
+            outcome.problems.append(f"{path}: left by a killed build; --repair removes such files")
+
+
+def _tar_problem(path: Path, shard: Shard) -> str | None:
+    """How a tar is not the one that the card names."""
     if not path.is_file():
-        yield f"{path}: is missing"
-        return
+        return f"{path}: is missing"
     if (size := path.stat().st_size) != shard.size:
-        yield f"{path}: has {size:,} bytes, the card says {shard.size:,}: cut or edited; build the set again"
-        return
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            yield f"{path}: its bytes are not those of the card (sha256 differs): edited or damaged"
-    try:
-        rows = _read_index(folder / shard.index_file)
-    except ValueError as error:
-        yield str(error)
-        rows = None
-    try:
-        samples = list(_samples(path))
-    except (tarfile.TarError, ValueError) as error:
-        yield f"{path}: not a tar of three members per record ({error})"
-        return
-    if len(samples) != shard.samples:
-        yield f"{path}: holds {len(samples)} records, the card says {shard.samples}"
-    if rows is not None and len(rows) != len(samples):
-        yield f"{folder / shard.index_file}: has {len(rows)} rows, the tar {len(samples)} records"
-        rows = None
-    for number, sample in enumerate(samples):
-        row = None if rows is None else rows[number]
-        yield from (f"{path}: {problem}" for problem in _sample_problems(card, split, sample, row, seen))
+        return f"{path}: has {size:,} bytes, the card says {shard.size:,}: cut or edited"
+    if sha256(path) != shard.sha256:
+        return f"{path}: its bytes are not those of the card (sha256 differs): edited or damaged"
+    return None
 
 
 def _read_index(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path}: is missing; build the set again")
+        raise ValueError(f"{path}: is missing; --repair rebuilds it from its tar")
     try:
         table = pq.read_table(path)
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
     whole = index_schema()
@@ -111,51 +223,21 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Raw:
-    """The bytes of a record's three members, and where its photograph lies in the tar."""
-
-    key: str
-    offset: int
-    members: Mapping[str, bytes]
-
-
-def _samples(path: Path) -> Iterator[_Raw]:
-    with tarfile.open(path, mode="r:") as tar:
-        members = iter(tar)
-        while group := list(itertools.islice(members, len(_MEMBERS))):
-            key = group[0].name.partition(".")[0]
-            if [m.name for m in group] != [f"{key}.{kind}" for kind in _MEMBERS]:
-                raise ValueError(f"at {group[0].name}")
-            contents = [file.read() for m in group if (file := tar.extractfile(m)) is not None]
-            yield _Raw(key, group[0].offset_data, dict(zip(_MEMBERS, contents, strict=True)))
-
-
-def _sample_problems(
-    card: Card, split: str, sample: _Raw, row: Mapping[str, Any] | None, seen: _Seen
-) -> Iterator[str]:
+def _read_record(card: Card, split: str, record: Stored) -> tuple[Record | None, list[str]]:
+    """A record, None where it is no record, and what is wrong with it."""
+    problems = []
+    if not is_stored(record.members["jpg"]):
+        problems.append(f"{record.key}.jpg: does not decode (no upright RGB JPEG, or a damaged one)")
     try:
-        fit(sample.members["jpg"], f"{sample.key}.jpg", size=_ANY_SIZE, quality=95)
-    except BrokenPhotographError as error:
-        yield str(error)
-    try:
-        record = Record.from_json(sample.members["json"])
-        text = sample.members["txt"].decode()
+        found = Record.from_json(record.members["json"])
+        record.members["txt"].decode()
     except ValueError as error:
-        yield f"{sample.key}: {error}"
-        return
-    if record.image_id != sample.key:
-        yield f"{sample.key}.json: image_id is {record.image_id}"
-    if record.split != split:
-        yield f"{sample.key}.json: split is {record.split}, the shard is of {split}"
-    if record.image_id in seen.splits:
-        yield f"{sample.key}: stands in {seen.splits[record.image_id]} already"
-    seen.splits[record.image_id] = split
-    seen.counts[record.class_id, split] += 1
-    yield from _label_problems(card.classes, sample.key, record)
-    if row is not None:
-        expected = index_row(record, text, offset=sample.offset, size=len(sample.members["jpg"]))
-        yield from _row_problems(sample.key, expected, row)
+        return None, [*problems, f"{record.key}: {error}"]
+    if found.image_id != record.key:
+        problems.append(f"{record.key}.json: image_id is {found.image_id}")
+    if found.split != split:
+        problems.append(f"{record.key}.json: split is {found.split}, the shard is of {split}")
+    return found, [*problems, *_label_problems(card.classes, record.key, found)]
 
 
 def _label_problems(classes: tuple[ClassInfo, ...], key: str, record: Record) -> Iterator[str]:
@@ -170,50 +252,9 @@ def _label_problems(classes: tuple[ClassInfo, ...], key: str, record: Record) ->
         )
 
 
-def _row_problems(key: str, expected: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
+def _row_problems(expected: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
     for column in row:  # one of an earlier version has fewer
         value = expected[column]
         both_unknown = value != value and row[column] != row[column]  # noqa: PLR0124 (NaN)
         if row[column] != value and not both_unknown:
-            yield f"{key}: index has {column} {row[column]!r}, the tar {value!r}"
-
-
-def show(card: Card, folder: Path, console: Console) -> None:
-    """Prints what a shard set holds."""
-    table = Table(title=str(folder), title_justify="left")
-    table.add_column("split")
-    names = ("shards", "samples", "MB", "classes", "per class min / median / max", "with place and date")
-    for name in names:
-        table.add_column(name, justify="right")
-    for split, shards in card.splits.items():
-        table.add_row(split, *_split_row(card, folder, split, shards))
-    console.print(table)
-    named = sum(info.scientific_name is not None for info in card.classes)
-    console.print(f"classes: {len(card.classes):,}, {named:,} with a scientific name")
-    console.print(f"caption, for example: {_example_caption(card, folder)}", markup=False)
-    console.print(f"sha256: {card.sha256}", markup=False)
-    for name, value in card.made_by.items():
-        console.print(f"  {name}: {value}", markup=False)
-
-
-def _split_row(card: Card, folder: Path, split: str, shards: tuple[Shard, ...]) -> list[str]:
-    counts = [info.counts.get(split, 0) for info in card.classes]
-    columns = [pq.read_table(folder / s.index_file, columns=["lon", "date"]).to_pydict() for s in shards]
-    known = sum(
-        lon == lon and date == date  # noqa: PLR0124 (NaN)
-        for c in columns
-        for lon, date in zip(c["lon"], c["date"], strict=True)
-    )
-    return [
-        f"{len(shards):,}",
-        f"{card.samples(split):,}",
-        f"{sum(s.size for s in shards) / 1e6:,.1f}",
-        f"{sum(c > 0 for c in counts):,}",
-        f"{min(counts)} / {statistics.median(counts):g} / {max(counts)}",
-        f"{known / max(card.samples(split), 1):.1%}",
-    ]
-
-
-def _example_caption(card: Card, folder: Path) -> str:
-    first = next(iter(card.splits.values()))[0]
-    return pq.read_table(folder / first.index_file, columns=["caption"])["caption"][0].as_py()
+            yield f"{expected['image_id']}: index has {column} {row[column]!r}, the tar {value!r}"

@@ -87,19 +87,19 @@ class Workspace:
         for path in self._ours():
             match = _OF_SHARD.fullmatch(path.name)
             if match is None or match["partial"] or match["stem"] not in stems:
-                _remove(path)
+                remove(path)
 
     def finish(self) -> None:
         """Removes what no finished set has."""
         for path in self.out.glob(".*"):
             if _OURS.fullmatch(path.name) and not path.name.startswith(".work-"):
-                _remove(path)
+                remove(path)
 
     def give_up(self) -> None:
         """Removes what this run and those before it wrote; nothing where it was another build's, or not begun."""
         if self._mine is not None:
             for path in self._ours():
-                _remove(path)
+                remove(path)
 
     def leave(self, *, created: bool) -> None:
         """Removes this run's work and what its workers were writing, and the mark where nothing was made yet."""
@@ -108,7 +108,7 @@ class Workspace:
         if self._mine is not None:
             for path in self._ours():
                 if (match := _OF_SHARD.fullmatch(path.name)) and match["partial"]:
-                    _remove(path)
+                    remove(path)
         if [path.name for path in self.out.iterdir()] == [_MARKER]:
             (self.out / _MARKER).unlink(missing_ok=True)
         if created:
@@ -206,7 +206,13 @@ def changes(begun: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return ", ".join(f"--{n.replace('_', '-')} was {begun.get(n)}, now {ours.get(n)}" for n in names)
 
 
-def _remove(path: Path) -> None:
+def is_ours(name: str) -> bool:
+    """Whether a build or a repair would call a file in a shard set so."""
+    return _OURS.fullmatch(name) is not None
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from xcon import cartography, classifier, commandline, images, maps, model
+from xcon import cartography, classifier, commandline, images, maps, model, records
 from xcon.encoders import ImageSpec, MetaSpec
 
 WORLD = (-180.0, -90.0, 180.0, 90.0)
@@ -166,13 +166,13 @@ def test_degrees_are_named(value: float, signs: str, text: str) -> None:
 
 def test_species_are_found_by_name() -> None:
     """A whole name is one class; without its parentheses it is all its plumages."""
-    assert maps.class_indices(NAMES, "osprey") == [2]
-    assert maps.class_indices(NAMES, "European Starling (juvenile)") == [1]
-    assert maps.class_indices(NAMES, " European  Starling") == [0, 1]
-    with pytest.raises(ValueError, match="'Ospray': no such class in this run; did you mean 'Osprey'"):
-        maps.class_indices(NAMES, "Ospray")
+    assert records.classes_called(NAMES, "osprey") == [2]
+    assert records.classes_called(NAMES, "European Starling (juvenile)") == [1]
+    assert records.classes_called(NAMES, " European  Starling") == [0, 1]
+    with pytest.raises(ValueError, match="'Ospray': no such class here; did you mean 'Osprey'"):
+        records.classes_called(NAMES, "Ospray")
     with pytest.raises(ValueError, match=r"classes are 'European Starling \(Adult\)' and so on"):
-        maps.class_indices(NAMES, "zzz")
+        records.classes_called(NAMES, "zzz")
 
 
 def write_run(folder: Path, *, sees_image: bool = True, sees_meta: bool = True) -> Path:

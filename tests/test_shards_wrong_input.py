@@ -167,7 +167,7 @@ def write_text(folder: Path, name: str, text: str, arguments: list[str]) -> list
 
 
 CASES = [
-    Case("no command", lambda f: [], "{build, verify, audit, info}"),
+    Case("no command", lambda f: [], "{build, verify, audit, info, export}"),
     Case("unknown command", lambda f: ["pack"], "Unrecognized options: pack. Available subcommands: build"),
     Case(
         "unknown source",
@@ -352,7 +352,7 @@ def test_a_real_process_says_one_line(encoding, tmp_path):
     assert result.returncode == 2
     assert result.stderr == (
         "xcon-shards: Unrecognized options: bild. "
-        "Available subcommands: build, verify, audit, info (see xcon-shards --help)\n"
+        "Available subcommands: build, verify, audit, info, export (see xcon-shards --help)\n"
     )
 
 
@@ -424,7 +424,11 @@ BROKEN_SETS = [
     ("edited tar", edit_caption, "train-000000.tar: its bytes are not those of the card"),
     ("cut tar", cut_tar, "test-000000.tar: has "),
     ("tar missing", lambda s: (s / "test-000000.tar").unlink(), "test-000000.tar: is missing"),
-    ("index missing", lambda s: (s / "val-000000.index.parquet").unlink(), "parquet: is missing; build the set"),
+    (
+        "index missing",
+        lambda s: (s / "val-000000.index.parquet").unlink(),
+        "parquet: is missing; --repair rebuilds it",
+    ),
     ("index damaged", lambda s: (s / "val-000000.index.parquet").write_text("x"), "not a parquet file ("),
     ("index label", forge_index("class_id", 9), "index has class_id 9, the tar "),
     ("index offset", forge_index("offset", 9), "index has offset 9, the tar "),

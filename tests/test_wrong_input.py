@@ -606,7 +606,7 @@ LATER = [
         "map of no species",
         "map",
         lambda w: ["species", w.runs / "finetuned", "--species", "Dodo", "--out", w.place / "a.png"],
-        "--species 'Dodo': no such class in this run",
+        "--species 'Dodo': no such class here",
     ),
     Case(
         "map without metadata",

@@ -100,8 +100,7 @@ def species_figure(
         A figure with a canvas of its own, unknown to pyplot, with one map among its axes, the first.
     """
     west, east, south, north = _edges(lon, lat)
-    # How much longer a degree of latitude is than one of longitude; bounded, for regions at a pole.
-    stretch = 1 / max(0.2, math.cos(math.radians((south + north) / 2)))
+    stretch = latitude_stretch(south, north)
     shape = stretch * (north - south) / (east - west)
     width = min(8.6, 7.0 / shape)
     figure = Figure(figsize=(max(width, 4.5) + 1.6, width * shape + 1.15), dpi=150, layout="constrained")
@@ -116,11 +115,11 @@ def species_figure(
         interpolation="bilinear",
         aspect=stretch,
     )
-    _draw_ocean(axes, (west, south, east, north))
+    draw_ocean(axes, (west, south, east, north))
     if points is not None:
         axes.plot(points.lon, points.lat, "o", ms=4, mfc=RECORDS, mec="white", mew=0.6, zorder=5)
     axes.set(xlim=(west, east), ylim=(south, north))
-    _draw_graticule(axes)
+    draw_graticule(axes)
     headline, *rest = title.split("\n")
     columns = int(width * 13.5)  # of small letters above the map
     small = [part for line in rest for part in textwrap.wrap(line, columns)]
@@ -154,10 +153,21 @@ def _edges(lon: Floats, lat: Floats) -> tuple[float, float, float, float]:
     )
 
 
-def _draw_ocean(axes: Axes, region: Region) -> None:
-    """Covers the ocean and draws the coast, finer than the grid of probabilities may be."""
+def latitude_stretch(south: float, north: float) -> float:
+    """How much longer a degree of latitude is than one of longitude midway; bounded, for regions at a pole."""
+    return 1 / max(0.2, math.cos(math.radians((south + north) / 2)))
+
+
+def draw_ocean(axes: Axes, region: Region, columns: int = COAST_COLUMNS) -> None:
+    """Covers the ocean and draws the coast, finer than a grid of probabilities may be.
+
+    Args:
+        axes: of a map, their aspect set.
+        region: west, south, east, north in degrees.
+        columns: of the mask from which the coast is drawn.
+    """
     west, south, east, north = region
-    step = max((east - west) / COAST_COLUMNS, 1 / 120)  # 1 / 120 degree: the mask's own
+    step = max((east - west) / columns, 1 / 120)  # 1 / 120 degree: the mask's own
     lon = _centres(west, east, max(2, round((east - west) / step)))
     lat = _centres(north, south, max(2, round((north - south) / step)))
     land = land_mask(lon, lat)
@@ -172,9 +182,10 @@ def _draw_ocean(axes: Axes, region: Region) -> None:
         axes.contour(lon, lat, land, levels=[0.5], colors=INK, linewidths=0.45)
 
 
-def _draw_graticule(axes: Axes) -> None:
+def draw_graticule(axes: Axes, lines: int = 7) -> None:
+    """Draws parallels and meridians, at most about `lines` of each, and names them at the edges."""
     for axis, signs in ((axes.xaxis, "EW"), (axes.yaxis, "NS")):
-        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 1.5, 3, 6, 10]))
+        axis.set_major_locator(MaxNLocator(nbins=lines, steps=[1, 1.5, 3, 6, 10]))
         axis.set_major_formatter(FuncFormatter(functools.partial(_degrees, signs=signs)))
     axes.grid(color=INK, alpha=0.25, linewidth=0.4)
     axes.tick_params(colors=INK, labelsize=8.5, length=0, pad=5)

@@ -23,6 +23,7 @@ from xcon.records import UNREADABLE
 
 Transform = Callable[[Tensor], Tensor]
 
+_LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow refuses too
 _EXIF_WITHIN = 1 << 16  # bytes; a JPEG's EXIF segment is its first or second
 
 
@@ -69,6 +70,9 @@ def decode(data: bytes) -> Tensor:
     """
     if simplejpeg.is_jpeg(data) and _is_upright(data):
         try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if height * width > _LARGEST:  # what a header claims would be taken before anything is decoded
+                raise ValueError(f"{width} x {height} pixels")
             return _pixels(simplejpeg.decode_jpeg(data, colorspace="RGB"))
         except ValueError as error:
             if "colorspace" not in str(error).lower():

@@ -5,7 +5,6 @@ D: width of an embedding.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,25 +59,6 @@ class Settings:
             raise ValueError(f"--out {self.out}: no such folder as {self.out.parent}")
         if self.out.suffix != ".png":
             raise ValueError(f"--out {self.out}: a name ending in .png is needed")
-
-
-def class_indices(names: Sequence[str], species: str) -> list[int]:
-    """Classes called `species`, or its plumages: "Mallard" is "Mallard (Male)" and "Mallard (Female)".
-
-    Capital letters and repeated spaces do not count.
-
-    Raises:
-        ValueError: no class is called so; the message has the nearest names.
-    """
-    plain = [" ".join(name.split()).casefold() for name in names]
-    wanted = " ".join(species.split()).casefold()
-    found = [i for i, name in enumerate(plain) if name == wanted]
-    found = found or [i for i, name in enumerate(plain) if records.split_plumage(name)[0] == wanted]
-    if not found:
-        near = [names[plain.index(name)] for name in difflib.get_close_matches(wanted, plain, n=3, cutoff=0.5)]
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"classes are {names[0]!r} and so on"
-        raise ValueError(f"--species {species!r}: no such class in this run; {hint}")
-    return found
 
 
 def held_constant(network: Classifier, spec: ModelSpec, photo: Path | None) -> dict[str, Tensor]:
@@ -153,7 +133,7 @@ def run() -> None:
     """Reads the command line, asks the model, draws."""
     settings = commandline.parse(Settings, PROGRAM)
     network, spec = classifier.load(settings.run)
-    classes = class_indices([info["name"] for info in spec.classes], settings.species)
+    classes = records.classes_called([info["name"] for info in spec.classes], settings.species)
     held = held_constant(network, spec, settings.image)
     lon, lat = cartography.grid(settings.region, settings.step)
     probability = species_probability(

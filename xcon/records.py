@@ -7,6 +7,7 @@ leave either the whole file or none.
 
 import dataclasses
 import datetime
+import difflib
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import re
 import string
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -225,12 +226,20 @@ def caption(template: str, info: ClassInfo) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One tar of a split, and the hash of its bytes."""
+    """One tar of a split, and the hash of its bytes.
+
+    Raises:
+        ValueError: the file's name leads out of the folder of the set.
+    """
 
     file: str
     samples: int
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not self.file.endswith(".tar") or set(self.file) & set("/\\"):
+            raise ValueError(f"shard {self.file!r} is no plain name of a .tar")
 
     @property
     def index_file(self) -> str:
@@ -322,6 +331,25 @@ def split_plumage(name: str) -> tuple[str, str]:
     whole = " ".join(name.split())
     parts = re.fullmatch(r"(.*\S) ?\(([^()]*)\)", whole)
     return (parts[1], parts[2]) if parts else (whole, "")
+
+
+def classes_called(names: Sequence[str], species: str) -> list[int]:
+    """Classes called `species`, or its plumages: "Mallard" is "Mallard (Male)" and "Mallard (Female)".
+
+    Capital letters and repeated spaces do not count.
+
+    Raises:
+        ValueError: no class is called so; the message has the nearest names.
+    """
+    plain = [" ".join(name.split()).casefold() for name in names]
+    wanted = " ".join(species.split()).casefold()
+    found = [i for i, name in enumerate(plain) if name == wanted]
+    found = found or [i for i, name in enumerate(plain) if split_plumage(name)[0] == wanted]
+    if not found:
+        near = [names[plain.index(name)] for name in difflib.get_close_matches(wanted, plain, n=3, cutoff=0.5)]
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"classes are {names[0]!r} and so on"
+        raise ValueError(f"--species {species!r}: no such class here; {hint}")
+    return found
 
 
 def number_classes(raw_ids: Iterable[Any]) -> dict[Any, int]:

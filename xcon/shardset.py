@@ -158,6 +158,7 @@ def _read_indices(folder: Path, card: Card, split: str) -> pa.Table:
         try:
             earlier = set(LATER_COLUMNS) - set(pq.read_schema(index).names)
             table = pq.read_table(index, columns=[c for c in INDEX_COLUMNS if c not in earlier])
+            table.validate(full=True)  # texts are UTF-8
         except (pa.ArrowInvalid, KeyError, OSError) as error:
             raise ValueError(f"{index}: not an index ({error}); build the shard set again") from None
         if table.num_rows != shard.samples:
