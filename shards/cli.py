@@ -2,6 +2,7 @@
 
     xcon-shards build nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out data/nabirds
     xcon-shards build synthetic --out shards/synthetic
+    xcon-shards index tars
     xcon-shards verify data/nabirds
     xcon-shards info data/nabirds
 
@@ -16,17 +17,18 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from shards import build, verify
+from shards import build, foreign, verify
 from shards.nabirds import NABirds
 from shards.source import Room, Source
 from shards.synthetic import Synthetic
 from xcon.commandline import complain, guarded, one_line_errors
 from xcon.records import Card
+from xcon.tarindex import Keys
 
 PROG = "xcon-shards"
 
@@ -61,8 +63,26 @@ class Info:
     """The shard set."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Make a shard set of anybody's WebDataset tars: an index beside each, and a card. They are not changed."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the tars."""
+    keys: Keys
+    out: Path | None = None
+    """Folder for indices, card and links to the tars; by default the folder itself."""
+    pattern: str = "**/*.tar"
+    """Names of the tars, within the folder."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split of all tars; by default as their names say, else train."""
+    caption: str | None = None
+    """Caption by class; may name {name}, {species}, {plumage}. By default each sample's txt."""
+
+
 Command = (
     Annotated[Build, tyro.conf.subcommand("build")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -87,6 +107,8 @@ def run() -> None:
         _build(command.source, console)
     elif isinstance(command, Verify):
         _verify(command.folder, console)
+    elif isinstance(command, Index):
+        _index(command, console)
     else:
         verify.show(Card.load(command.folder), command.folder, console)
 
@@ -121,6 +143,23 @@ def _build(source: Source, console: Console) -> None:
         f"{source.out}: {sum(s.samples for s in shards):,} photographs in {len(shards):,} shards, "
         f"{sum(s.size for s in shards) / 1e6:,.1f} MB, {time.monotonic() - start:,.1f} s"
     )
+
+
+def _index(command: Index, console: Console) -> None:
+    out = command.out or command.folder
+    card, left_out = foreign.index(
+        command.folder,
+        out,
+        console,
+        pattern=command.pattern,
+        split=command.split,
+        keys=command.keys,
+        template=command.caption,
+    )
+    for reason, number in left_out.items():
+        console.print(f"left out: {number:,} {reason}", markup=False)
+    counts = ", ".join(f"{split} {card.samples(split):,}" for split in card.splits)
+    console.print(f"{out}: {counts} records of {len(card.classes):,} classes", markup=False)
 
 
 def _made_by(source: Source) -> dict[str, Any]:

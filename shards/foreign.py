@@ -27,7 +27,7 @@ from xcon.records import (
     index_name,
     number_classes,
 )
-from xcon.tarindex import Keys, Label, Row, read, table, to_bytes
+from xcon.tarindex import Keys, Label, Row, prefix_of, read, table, to_bytes
 
 _WORDS = {"valid": "val", "validation": "val", "dev": "val"} | {split: split for split in SPLITS}
 
@@ -78,16 +78,15 @@ def index(
     captions = [caption(template or PAPER_CAPTION, info) for info in classes]
     shards: dict[str, list[Shard]] = {}
     for tar in tars:
-        rows = [dataclasses.replace(row, text=None) for row in tar.rows] if template else tar.rows
         target = out / tar.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             target.symlink_to((root / tar.name).resolve())
         with atomic_write(target.with_name(index_name(target.name))) as file:
-            file.write(to_bytes(table(rows, labels, captions)))
+            file.write(to_bytes(table(tar.rows, labels, captions, own_texts=template is None)))
         with target.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        shards.setdefault(tar.split, []).append(Shard(tar.name, len(rows), target.stat().st_size, sha256))
+        shards.setdefault(tar.split, []).append(Shard(tar.name, len(tar.rows), target.stat().st_size, sha256))
     made_by = {
         "source": "index", "keys": dataclasses.asdict(keys), "caption": template, "prefixed": prefixed,
         "left_out": dict(left_out),
@@ -144,11 +143,6 @@ def _repeats(ids: Iterable[str]) -> bool:
 
 def _prefixed(tar: Tar) -> list[Row]:
     return [dataclasses.replace(row, image_id=prefix_of(tar.name) + row.image_id) for row in tar.rows]
-
-
-def prefix_of(name: str) -> str:
-    """What the image ids of a tar begin with where keys come twice: `a/0001.tar` -> `a/0001/`."""
-    return name.removesuffix(".tar") + "/"
 
 
 def _of_one_kind(root: Path, labels: set[Label]) -> set[Label]:

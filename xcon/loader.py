@@ -100,7 +100,7 @@ class Records(Dataset[Batch]):
         return _stacked([transform(pixels) for _ in range(self.views)])  # [V, 3, S, S]
 
 
-def _collated(rows: list[Batch]) -> Batch:
+def collated(rows: list[Batch]) -> Batch:
     """Records to a batch, each photograph copied once: channels stay last in memory, as networks want them."""
     photos = [row.pop("image") for row in rows if "image" in row]
     batch: Batch = default_collate(rows)
@@ -181,7 +181,7 @@ def make_loader(
         records,
         captions,
         batch_sampler=_Batches(order, share, steps),
-        collate_fn=_collated,
+        collate_fn=collated,
         num_workers=share.workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if share.workers else None,

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from xcon import records
+from xcon import records, tarindex
+from xcon.commandline import complain
 from xcon.records import INDEX_COLUMNS, LATER_COLUMNS, Card, Shard, index_schema
 
 # Columns of few distinct values are numbers into a list of them.
@@ -202,7 +203,8 @@ def _split(name: str, folder: Path, shards: Sequence[Shard], table: pa.Table, ca
 
 def _read_indices(folder: Path, card: Card, split: str) -> pa.Table:
     with ThreadPoolExecutor(_READERS) as pool:
-        tables = list(pool.map(functools.partial(_read_index, folder), card.splits[split]))
+        tables = list(pool.map(functools.partial(_read_index, folder, card), card.splits[split]))
+    pa.default_memory_pool().release_unused()
     return pa.concat_tables([_columns().empty_table(), *tables]).unify_dictionaries()
 
 
@@ -212,23 +214,45 @@ def _columns() -> pa.Schema:
     return pa.schema([(f.name, few if f.name in _OF_FEW_VALUES else f.type) for f in index_schema()])
 
 
-def _read_index(folder: Path, shard: Shard) -> pa.Table:
+def _read_index(folder: Path, card: Card, shard: Shard) -> pa.Table:
     tar, index = folder / shard.file, folder / shard.index_file
-    for path in (tar, index):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: named by the card but missing; build the shard set again")
-    if tar.stat().st_size != shard.size:
+    if not tar.is_file():
+        raise FileNotFoundError(f"{tar}: named by the card but missing; build the shard set again")
+    if (size := tar.stat().st_size) != shard.size:
         raise ValueError(
-            f"{tar}: {tar.stat().st_size} bytes, the card says {shard.size}: truncated or edited; "
-            "build the shard set again"
+            f"{tar}: {size} bytes, the card says {shard.size}: truncated or edited; build the shard set again"
         )
     try:
-        with pq.ParquetFile(index, read_dictionary=_OF_FEW_VALUES) as file:
-            table = _with_later_columns(file.read(use_threads=False)).select(list(INDEX_COLUMNS)).cast(_columns())
+        if index.is_file():
+            with pq.ParquetFile(index, read_dictionary=_OF_FEW_VALUES) as file:
+                table = file.read(use_threads=False)
+        else:
+            table = _made_anew(tar, index, card, shard)
+        table = _with_later_columns(table).select(list(INDEX_COLUMNS)).cast(_columns())
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise ValueError(f"{index}: not an index ({error}); build the shard set again") from None
     if table.num_rows != shard.samples:
         raise ValueError(f"{index}: {table.num_rows} records, the card says {shard.samples}")
+    return table
+
+
+def _made_anew(tar: Path, index: Path, card: Card, shard: Shard) -> pa.Table:
+    """The index of a tar that has none, written beside it where that can be."""
+    keys = tarindex.Keys(**card.made_by.get("keys", {}))
+    rows, _ = tarindex.read(
+        tar, keys, prefix=tarindex.prefix_of(shard.file) if card.made_by.get("prefixed") else ""
+    )
+    template = card.made_by.get("caption")
+    captions = [records.caption(template or records.PAPER_CAPTION, info) for info in card.classes]
+    class_id = {info.raw_class_id: info.class_id for info in card.classes}
+    table = tarindex.table(rows, class_id, captions, own_texts=template is None)
+    try:
+        with records.atomic_write(index) as file:
+            file.write(tarindex.to_bytes(table))
+    except OSError:
+        complain("xcon", f"{index}: is missing, made anew from the tar for this run; its folder cannot be written")
+    else:
+        complain("xcon", f"{index}: was missing, made anew from the tar")
     return table
 
 
