@@ -199,18 +199,27 @@ class _Loader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = self.batch_sampler
         assert isinstance(batches, _Batches)
-        try:
+        with without_traceback():
             for step, batch in zip(batches.steps, super().__iter__(), strict=True):
                 if self.captions is None:
                     yield batch
                 else:
                     yield {**batch, **self.captions.of(batches.order.indices(step), batches.share)}
-        except (ValueError, OSError) as error:
-            # torch raises it again as "Caught ValueError in DataLoader worker ...", the message last.
-            wrapper, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
-            if not wrapper:
-                raise
-            raise type(error)(message.strip()) from None
+
+
+@contextlib.contextmanager
+def without_traceback() -> Iterator[None]:
+    """Raises what a worker said of a record as it said it.
+
+    torch raises it again as "Caught ValueError in DataLoader worker ...", the message last.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        wrapper, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
+        if not wrapper:
+            raise
+        raise type(error)(message.strip()) from None
 
 
 def evaluation_loader(records: Records, share: Share, *, batch_size: int) -> DataLoader[Batch]:

@@ -1,22 +1,24 @@
 """Batches from shards that no disk holds: over HTTP, from S3, or out of a command.
 
 The batches of `loader`, with weaker promises, since a tar that flows by can only be read in its order:
-- each reader (a worker of a process) takes whole shards, in an order drawn for the epoch, and mixes what it has read
-  in a buffer; there are at least as many shards as readers;
-- an epoch has the steps of an exact one on every process, so that a reader whose shards hold less begins them again
-  and one whose shards hold more leaves the rest to later epochs: a record comes once, twice or not at all;
+- each reader (a worker of a process) takes whole shards, in an order drawn for the epoch, and mixes what it has
+  read in a buffer; there are at least as many shards as readers;
+- an epoch has the steps of an exact one on every process, so that a reader whose shards hold less begins them
+  again and one whose shards hold more leaves the rest to later epochs: a record comes once, twice or not at all;
 - the order depends on the number of processes and workers, and a run that resumes begins the epoch's order anew.
 What is drawn for a record (crop, flip, hidden metadata) is what `loader` draws for it in that epoch.
 """
 
 import contextlib
 import dataclasses
+import http.client
 import io
 import itertools
 import os
 import random
 import select
 import shlex
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -40,6 +42,7 @@ from xcon.sampler import Order
 from xcon.shardset import Split, Tars
 
 TIMEOUT = 60.0  # seconds without a byte after which a source is given up
+_ENDED_WELL = (0, -signal.SIGPIPE, 128 + signal.SIGPIPE)  # the padding at the end of a tar may stay unread
 SCHEMES = ("http://", "https://", "s3://", "pipe:")
 
 
@@ -149,11 +152,11 @@ def make_loader(
     readers = share.world_size * max(share.workers, 1)
     if readers > len(stream.shards):
         raise ValueError(
-            f"{stream.url}: {len(stream.shards)} shards for {readers} readers, each needs one: take fewer --workers"
+            f"{stream.url}: {len(stream.shards)} shards for {readers} readers, each needs one; fewer --workers do"
         )
     if order.per_class:
         raise ValueError(f"--per-class {order.per_class}: a stream cannot be read by class; download {stream.url}")
-    return DataLoader(
+    return _Loader(
         _Batches(stream, rows, order, share, steps, buffer),
         batch_size=None,
         num_workers=share.workers,
@@ -161,6 +164,14 @@ def make_loader(
         prefetch_factor=4 if share.workers else None,
         generator=torch.Generator(),
     )
+
+
+class _Loader(DataLoader[Batch]):
+    """A DataLoader that passes on what a worker says of a source without its traceback."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        with loader.without_traceback():
+            yield from super().__iter__()
 
 
 @dataclasses.dataclass
@@ -256,7 +267,7 @@ def opened(url: str) -> Iterator[BinaryIO]:
             command = f"aws s3 cp --quiet {shlex.quote(url)} -" if url.startswith("s3://") else url[len("pipe:") :]
             with _piped(command) as stream:
                 yield stream
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         if url in str(error):
             raise
         raise OSError(f"{url}: {error}") from None
@@ -269,7 +280,7 @@ def _piped(command: str) -> Iterator[BinaryIO]:
     try:
         yield io.BufferedReader(_Pipe(process.stdout.fileno()), 1 << 20)
         process.stdout.close()  # a command that writes on is told so
-        if status := process.wait(TIMEOUT):
+        if (status := process.wait(TIMEOUT)) not in _ENDED_WELL:
             raise OSError(f"the command ended with status {status}")
     finally:
         process.stdout.close()
