@@ -2,6 +2,11 @@
 
 import dataclasses
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
 
+from tests.training import ROOT, environment
 from xcon.loader import Batch, Records, Share, make_loader
 from xcon.sampler import Order
 from xcon.shardset import Split, Tars
@@ -138,3 +144,38 @@ def test_loaders_and_their_workers_give_that_order(layout: Layout) -> None:
         assert set(one.pop("worker").tolist()) <= ({*range(layout.workers)} if helped else {-1})
         for name in other:
             assert np.array_equal(one[name].numpy(), other[name].numpy(), equal_nan=name == "meta"), name
+
+
+# ---- what is left behind
+
+DIES = """
+import os, signal, sys
+from tests.test_loader_properties import Layout
+from xcon.loader import Records, Share, make_loader
+
+layout = Layout([30] * 4, rows=4, per_class=0, ranks=1, workers=2, later_ranks=1, stop=0)
+batches = iter(make_loader(Records(layout.split, ("meta",)), layout.order, Share(workers=2), steps=range(30)))
+next(batches)
+children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+print(os.getpid(), *children, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
+def test_a_killed_loader_leaves_no_shared_memory() -> None:
+    """On Linux torch hands tensors over by file descriptor: the names it gives them in /dev/shm it takes away."""
+    before = set(os.listdir("/dev/shm"))
+    died = subprocess.run(
+        [sys.executable, "-c", DIES], cwd=ROOT, capture_output=True, text=True, check=False, env=environment()
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    processes = died.stdout.split()
+    assert len(processes) >= 3
+    patience = time.monotonic() + 60
+    while any(Path(f"/proc/{process}").exists() for process in processes):  # workers see that their parent is gone
+        assert time.monotonic() < patience
+        time.sleep(0.1)
+    new = set(os.listdir("/dev/shm")) - before
+    assert not [name for name in new if any(process in name for process in processes)]

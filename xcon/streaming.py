@@ -209,12 +209,13 @@ class _Batches(IterableDataset[Batch]):
         return loader.collated(found)
 
     def _flow(self, epoch: int, reader: int, readers: int) -> Iterator[tuple[int, tarindex.Row, bytes]]:
-        """Records without end: this reader's shards of the epoch, again and again, mixed."""
+        """Records without end: this reader's shards of the epoch, mixed, and again when all have come."""
         seed = 0 if self.order.seed is None else self.order.seed
         mine = np.random.default_rng([seed, epoch]).permutation(len(self.stream.shards))[reader::readers]
-        passing = (record for shard in itertools.cycle(mine.tolist()) for record in read(self.stream, shard))
-        mixed = shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{seed} {epoch} {reader}"))
-        yield from mixed(passing)
+        rng = random.Random(f"{seed} {epoch} {reader}")
+        while True:
+            passing = (record for shard in mine.tolist() for record in read(self.stream, shard))
+            yield from shuffle(self.buffer, initial=self.buffer, rng=rng)(passing)
 
 
 def read(stream: Stream, number: int) -> Iterator[tuple[int, tarindex.Row, bytes]]:
