@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -166,7 +165,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
 def test_a_killed_loader_leaves_no_shared_memory() -> None:
     """On Linux torch hands tensors over by file descriptor: the names it gives them in /dev/shm it takes away."""
-    before = set(os.listdir("/dev/shm"))
+    before = {path.name for path in Path("/dev/shm").iterdir()}
     died = subprocess.run(
         [sys.executable, "-c", DIES], cwd=ROOT, capture_output=True, text=True, check=False, env=environment()
     )
@@ -177,5 +176,5 @@ def test_a_killed_loader_leaves_no_shared_memory() -> None:
     while any(Path(f"/proc/{process}").exists() for process in processes):  # workers see that their parent is gone
         assert time.monotonic() < patience
         time.sleep(0.1)
-    new = set(os.listdir("/dev/shm")) - before
+    new = {path.name for path in Path("/dev/shm").iterdir()} - before
     assert not [name for name in new if any(process in name for process in processes)]

@@ -1,6 +1,7 @@
 """The order of records: every record once, the same global batches for any number of processes."""
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_the_last_batch_is_filled_up_from_the_front_of_the_epoch() -> None:
 
 def labels_of_nabirds() -> np.ndarray:
     """`[N]` the class of every photograph for training, class by class; invented counts where NABirds is not."""
-    folder = Path(__file__).parents[3] / "shared/data/nabirds_index"
+    folder = Path(os.environ.get("XCON_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "nabirds_index"
     if not (folder / "train_test_split.txt").is_file():
         return np.repeat(np.arange(555), np.random.default_rng(0).integers(4, 61, 555))
     training = [line.split()[1] == "1" for line in (folder / "train_test_split.txt").read_text().splitlines()]
