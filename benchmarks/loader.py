@@ -4,7 +4,8 @@
 
 NABIRDS is a folder of JPEGs in the layout of the release. Its photographs are tiled to 1024 x 683 px, NABirds'
 median size, and saved with quality 90: the originals. They are made small as `xcon-shards build` does it,
-shorter side 256 px. One thread, no workers, CPU time, each way measured in turns; medians, and the ratio of ours to each.
+shorter side 256 px. One thread, no workers, CPU time, each way measured in turns; medians, and the ratio of ours
+to each.
 """
 
 import dataclasses
