@@ -102,8 +102,8 @@ class Records(Dataset[Batch]):
 
 def collated(rows: list[Batch]) -> Batch:
     """Records to a batch, each photograph copied once: channels stay last in memory, as networks want them."""
-    photos = [row.pop("image") for row in rows if "image" in row]
-    batch: Batch = default_collate(rows)
+    photos = [row["image"] for row in rows if "image" in row]
+    batch: Batch = default_collate([{n: x for n, x in row.items() if n != "image"} for row in rows])
     return {**batch, "image": _stacked(photos)} if photos else batch
 
 
