@@ -86,7 +86,7 @@ def pure(order: Order, ranks: int, steps: range) -> Iterator[list[tuple[int, int
         yield list(itertools.chain(*pieces))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(layouts)
 def test_each_record_once_and_resumed_anywhere_by_any_number_of_processes(layout: Layout) -> None:
     """Two epochs by some processes, stopped at any step and gone on with by others."""
@@ -124,6 +124,7 @@ def by_loaders(layout: Layout, ranks: int, steps: range) -> list[Batch]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @settings(max_examples=WITH_WORKERS, deadline=None)
 @given(layouts.filter(lambda layout: layout.ranks * layout.workers <= 8))
 def test_loaders_and_their_workers_give_that_order(layout: Layout) -> None:
@@ -167,7 +168,12 @@ def test_a_killed_loader_leaves_no_shared_memory() -> None:
     """On Linux torch hands tensors over by file descriptor: the names it gives them in /dev/shm it takes away."""
     before = {path.name for path in Path("/dev/shm").iterdir()}
     died = subprocess.run(
-        [sys.executable, "-c", DIES], cwd=ROOT, capture_output=True, text=True, check=False, env=environment()
+        [sys.executable, "-c", DIES],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
     processes = died.stdout.split()
