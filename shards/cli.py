@@ -2,6 +2,7 @@
 
     xcon-shards build nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out data/nabirds
     xcon-shards build synthetic --out shards/synthetic
+    xcon-shards index tars
     xcon-shards verify data/nabirds
     xcon-shards audit data/nabirds
     xcon-shards info data/nabirds --map places.png
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from shards import audit, build, info, repair, verify
+from shards import audit, build, foreign, info, repair, verify
 from shards.hub import Hub
 from shards.imagefolder import ImageFolder
 from shards.inaturalist import INaturalist
@@ -35,6 +36,7 @@ from shards.workspace import Share, workspace
 from xcon.commandline import complain, guarded, one_line_errors
 from xcon.records import Card
 from xcon.shardset import ShardSet
+from xcon.tarindex import Keys
 
 PROG = "xcon-shards"
 
@@ -104,8 +106,26 @@ class Audit:
     """Of what is drawn."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Make a shard set of anybody's WebDataset tars: an index beside each, and a card. They are not changed."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the tars."""
+    keys: Keys
+    out: Path | None = None
+    """Folder for indices, card and links to the tars; by default the folder itself."""
+    pattern: str = "**/*.tar"
+    """Names of the tars, within the folder."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split of all tars; by default as their names say, else train."""
+    caption: str | None = None
+    """Caption by class; may name {name}, {species}, {plumage}. By default each sample's txt."""
+
+
 Command = (
     Annotated[Build, tyro.conf.subcommand("build")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Info, tyro.conf.subcommand("info")]
@@ -132,6 +152,8 @@ def run() -> None:
         _build(command.source, console)
     elif isinstance(command, Verify):
         _verify(command, console)
+    elif isinstance(command, Index):
+        _index(command, console)
     elif isinstance(command, Audit):
         audit.audit(ShardSet(command.folder), console, out=command.out, seed=command.seed)
     elif isinstance(command, Info):
@@ -174,6 +196,23 @@ def _build(source: Source, console: Console) -> None:
     if built is not None:
         _show(build.describe(plan), console)
         _tell(built, source.out, time.monotonic() - start, console)
+
+
+def _index(command: Index, console: Console) -> None:
+    out = command.out or command.folder
+    card, left_out = foreign.index(
+        command.folder,
+        out,
+        console,
+        pattern=command.pattern,
+        split=command.split,
+        keys=command.keys,
+        template=command.caption,
+    )
+    for reason, number in left_out.items():
+        console.print(f"left out: {number:,} {reason}", markup=False)
+    counts = ", ".join(f"{split} {card.samples(split):,}" for split in card.splits)
+    console.print(f"{out}: {counts} records of {len(card.classes):,} classes", markup=False)
 
 
 def _tell(card: Card, out: Path, seconds: float, console: Console) -> None:

@@ -54,7 +54,7 @@ def test_nothing_imports_an_entry_script() -> None:
 
 def test_the_shard_builder_knows_records_and_shards_and_not_the_trainer() -> None:
     """It shares with xcon the record, the reader, the command line and the drawing of maps, which know no more."""
-    shared = {"xcon.records", "xcon.commandline", "xcon.shardset", "xcon.cartography"}
+    shared = {"xcon.records", "xcon.tarindex", "xcon.commandline", "xcon.shardset", "xcon.cartography"}
     for path in [*ROOT.glob("shards/*.py"), *(ROOT / f"{name.replace('.', '/')}.py" for name in shared)]:
         modules = {".".join(name.split(".")[:2]) for name in imported(path) if name.startswith("xcon.")}
         assert modules <= shared, path.name

@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import InterpolationMode
 
 from xcon import images
 from xcon.images import ImageSpec
@@ -228,6 +231,23 @@ def test_crops_follow_the_seed() -> None:
 
     assert torch.equal(crop(1), crop(1))
     assert not torch.equal(crop(1), crop(2))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_scale", [0.35, 1.0])
+def test_crops_have_the_draws_and_the_pixels_of_torchvision(crop_scale: float, interpolation: str) -> None:
+    ours = images.train_transform(spec(48, interpolation=interpolation), crop_scale=crop_scale)
+    crop = v2.Resize if crop_scale == 1 else partial(v2.RandomResizedCrop, scale=(crop_scale, 1.0))
+    scaled = crop((48, 48), interpolation=InterpolationMode(interpolation), antialias=True)
+    theirs = v2.Compose([scaled, v2.RandomHorizontalFlip()])
+    for seed in range(20):
+        pixels = images.decode(encoded(photograph(60 + 3 * seed, 100), "JPEG"))
+        drawn = []
+        for transform in (ours, theirs):
+            torch.manual_seed(seed)
+            drawn.append((transform(pixels), torch.rand(())))
+        assert torch.equal(drawn[0][0], drawn[1][0])
+        assert drawn[0][1] == drawn[1][1]
 
 
 def test_colours_change_by_as_much_as_they_may() -> None:

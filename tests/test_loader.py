@@ -316,7 +316,6 @@ def halve(name: str) -> Callable[[Path], None]:
         (truncate_tar, r"train-000000.tar: \d+ bytes, the card says \d+: truncated or edited; build"),
         (lengthen_tar, r"train-000000.tar: \d+ bytes, the card says \d+: truncated or edited; build"),
         (lambda f: (f / "val-000000.tar").unlink(), "val-000000.tar: named by the card but missing"),
-        (lambda f: (f / "test-000000.index.parquet").unlink(), "test-000000.index.parquet: .* missing"),
         (halve("train-000000.index.parquet"), "train-000000.index.parquet: not an index"),
         (drop_column, "train-000000.index.parquet: not an index"),
         (drop_row, "train-000000.index.parquet: 95 records, the card says 96"),

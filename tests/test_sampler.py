@@ -1,11 +1,14 @@
 """The order of records: every record once, the same global batches for any number of processes."""
 
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import hypergeom
 
 from xcon.sampler import Order
 
@@ -169,3 +172,32 @@ def test_the_last_batch_is_filled_up_from_the_front_of_the_epoch() -> None:
     """24 records in batches of 16: the last 8 rows are the first 8."""
     order = grouped([6] * 4, 16, 4, seed=0)
     assert order.indices(1)[8:].tolist() == order.indices(0)[:8].tolist()
+
+
+# ---- how well a shuffle mixes
+
+
+def labels_of_nabirds() -> np.ndarray:
+    """`[N]` the class of every photograph for training, class by class; invented counts where NABirds is not."""
+    folder = Path(os.environ.get("XCON_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "nabirds_index"
+    if not (folder / "train_test_split.txt").is_file():
+        return np.repeat(np.arange(555), np.random.default_rng(0).integers(4, 61, 555))
+    training = [line.split()[1] == "1" for line in (folder / "train_test_split.txt").read_text().splitlines()]
+    labels = [int(line.split()[1]) for line in (folder / "image_class_labels.txt").read_text().splitlines()]
+    return np.sort([label for label, kept in zip(labels, training, strict=True) if kept])
+
+
+@pytest.mark.parametrize("batch_size", [32, 256, 1024])
+def test_batches_of_ordered_shards_are_as_mixed_as_a_shuffle_can_be(batch_size: int) -> None:
+    """Records lie class by class; a batch has as many classes as one drawn without replacement, within 2 %.
+
+    A class of n records among N is missing from a batch of B with probability C(N - n, B) / C(N, B), so that the
+    ideal is the sum over classes of 1 - C(N - n, B) / C(N, B): for the counts of NABirds 31.0 of 32, 201.6 of 256.
+    """
+    labels = labels_of_nabirds()
+    counts = np.unique(labels, return_counts=True)[1]
+    ideal = (1 - hypergeom.pmf(0, len(labels), counts, batch_size)).sum()
+    order = Order(len(labels), batch_size, seed=0)
+    whole = range(len(labels) // batch_size)  # the last batch, filled up, is left out
+    found = np.mean([len(np.unique(labels[order.indices(step)])) for step in whole])
+    assert 0.98 < found / ideal < 1.02

@@ -167,7 +167,7 @@ def write_text(folder: Path, name: str, text: str, arguments: list[str]) -> list
 
 
 CASES = [
-    Case("no command", lambda f: [], "{build, verify, audit, info, export}"),
+    Case("no command", lambda f: [], "{build, index, verify, audit, info, export}"),
     Case("unknown command", lambda f: ["pack"], "Unrecognized options: pack. Available subcommands: build"),
     Case(
         "unknown source",
@@ -352,7 +352,7 @@ def test_a_real_process_says_one_line(encoding, tmp_path):
     assert result.returncode == 2
     assert result.stderr == (
         "xcon-shards: Unrecognized options: bild. "
-        "Available subcommands: build, verify, audit, info, export (see xcon-shards --help)\n"
+        "Available subcommands: build, index, verify, audit, info, export (see xcon-shards --help)\n"
     )
 
 

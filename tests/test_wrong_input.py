@@ -147,7 +147,7 @@ def cut_photo(folder: Path) -> None:
     """Zeros in place of the second half of the first photograph."""
     split = ShardSet(folder).split("train")
     half = int(split.size[0]) // 2
-    with split.tars[0].open("r+b") as file:
+    with split.tars.paths[0].open("r+b") as file:
         file.seek(int(split.offset[0]) + half)
         file.write(bytes(int(split.size[0]) - half))
 

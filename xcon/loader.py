@@ -1,9 +1,9 @@
 """Batches: the records of one process, step by step, as tensors.
 
-A batch is a dictionary: `image` `[b, 3, S, S]` uint8 (of V views `[b, V, 3, S, S]`), `text` `[b, L]` token ids,
-`meta` `[b, 3]` lon and lat in degrees and the fraction of the year (NaN where unknown), and beside the modalities
-`label` `[b]` class ids, `index` `[b]` the records' numbers in their split, `weight` `[b]`, 0 for rows that only
-fill up the last batch.
+A batch is a dictionary: `image` `[b, 3, S, S]` uint8 with channels last in memory (of V views `[b, V, 3, S, S]`),
+`text` `[b, L]` token ids, `meta` `[b, 3]` lon and lat in degrees and the fraction of the year (NaN where unknown),
+and beside the modalities `label` `[b]` class ids, `index` `[b]` the records' numbers in their split, `weight`
+`[b]`, 0 for rows that only fill up the last batch.
 Where captions are shared by class, `text` has this process's part of the captions instead, and `text_class` their
 class ids. For a frozen text encoder `text` are vectors `[b, F]` instead of token ids.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from xcon import images
 from xcon.config import MODALITIES
@@ -96,8 +96,20 @@ class Records(Dataset[Batch]):
         transform = self.late[1] if self.late and epoch >= self.late[0] else self.transform
         assert transform is not None
         if self.views == 1:
-            return transform(pixels).contiguous()
-        return torch.stack([transform(pixels) for _ in range(self.views)])  # [V, 3, S, S]
+            return transform(pixels)
+        return _stacked([transform(pixels) for _ in range(self.views)])  # [V, 3, S, S]
+
+
+def collated(rows: list[Batch]) -> Batch:
+    """Records to a batch, each photograph copied once: channels stay last in memory, as networks want them."""
+    photos = [row["image"] for row in rows if "image" in row]
+    batch: Batch = default_collate([{n: x for n, x in row.items() if n != "image"} for row in rows])
+    return {**batch, "image": _stacked(photos)} if photos else batch
+
+
+def _stacked(photos: list[Tensor]) -> Tensor:
+    """`[..., 3, S, S]` each, with channels last in memory, to `[b, ..., 3, S, S]` likewise."""
+    return default_collate([photo.movedim(-3, -1) for photo in photos]).movedim(-1, -3)
 
 
 @contextlib.contextmanager
@@ -169,6 +181,7 @@ def make_loader(
         records,
         captions,
         batch_sampler=_Batches(order, share, steps),
+        collate_fn=collated,
         num_workers=share.workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if share.workers else None,
@@ -186,18 +199,27 @@ class _Loader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = self.batch_sampler
         assert isinstance(batches, _Batches)
-        try:
+        with without_traceback():
             for step, batch in zip(batches.steps, super().__iter__(), strict=True):
                 if self.captions is None:
                     yield batch
                 else:
                     yield {**batch, **self.captions.of(batches.order.indices(step), batches.share)}
-        except (ValueError, OSError) as error:
-            # torch raises it again as "Caught ValueError in DataLoader worker ...", the message last.
-            wrapper, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
-            if not wrapper:
-                raise
-            raise type(error)(message.strip()) from None
+
+
+@contextlib.contextmanager
+def without_traceback() -> Iterator[None]:
+    """Raises what a worker said of a record as it said it.
+
+    torch raises it again as "Caught ValueError in DataLoader worker ...", the message last.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        wrapper, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
+        if not wrapper:
+            raise
+        raise type(error)(message.strip()) from None
 
 
 def evaluation_loader(records: Records, share: Share, *, batch_size: int) -> DataLoader[Batch]:

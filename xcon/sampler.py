@@ -47,10 +47,12 @@ class Order:
         position = step % self.steps_per_epoch
         return min(self.batch_size, self.samples - position * self.batch_size)
 
-    def batch(self, step: int) -> list[Item]:
-        """The global batch of a step counted from the start of training: `batch_size` items."""
+    def batch(self, step: int, part: slice = slice(None)) -> list[Item]:
+        """The global batch of a step counted from the start of training: `batch_size` items, or a part of them."""
         epoch, rows = step // self.steps_per_epoch, self.rows(step)
-        return [(epoch, int(index), float(place < rows)) for place, index in enumerate(self.indices(step))]
+        places = range(self.batch_size)[part]
+        indices = self.indices(step)[part].tolist()
+        return [(epoch, index, float(place < rows)) for place, index in zip(places, indices, strict=True)]
 
     def indices(self, step: int) -> np.ndarray:
         """`[batch_size]` the records of the global batch of a step."""
@@ -65,7 +67,7 @@ class Order:
         rows = self.batch_size // world_size
         assert rows * world_size == self.batch_size
         for step in steps:
-            yield self.batch(step)[rank * rows : (rank + 1) * rows]
+            yield self.batch(step, slice(rank * rows, (rank + 1) * rows))
 
 
 @functools.lru_cache(maxsize=2)

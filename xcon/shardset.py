@@ -1,20 +1,30 @@
 """Shard sets, read: the card, the columns of a split in memory, photographs by offset.
 
-A split's metadata (places, dates, classes, captions) is read once from the indices, a few bytes per record;
-photographs are read from memory-mapped tars when asked for, in any order.
+A split's metadata (places, dates, classes, captions) is read once from the indices, about 100 bytes per record,
+and kept as Arrow arrays and numpy columns: no Python object per record, whose reference counts would make every
+worker copy the pages it looks at. Photographs are read from the tars when asked for, in any order.
 """
 
 import dataclasses
 import functools
-import mmap
+import os
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from xcon import records
-from xcon.records import INDEX_COLUMNS, LATER_COLUMNS, Card, index_schema
+from xcon import records, tarindex
+from xcon.commandline import complain
+from xcon.records import INDEX_COLUMNS, LATER_COLUMNS, Card, Shard, index_schema
+
+# Columns of few distinct values are numbers into a list of them.
+_OF_FEW_VALUES = ("caption", "user_id")
+_READERS = 8  # threads: on a network's disk the time goes into waiting
 
 
 class ShardSet:
@@ -39,22 +49,8 @@ class ShardSet:
         distinct = {text for table in tables.values() for text in table["caption"].unique().to_pylist()}
         # Sorted, so that all processes and all runs number the captions alike.
         self.captions: tuple[str, ...] = tuple(sorted(distinct))
-        number = {text: i for i, text in enumerate(self.captions)}
         self._splits = {
-            name: Split(
-                name=name,
-                tars=tuple(folder / shard.file for shard in self.card.splits[name]),
-                shard=np.repeat(
-                    np.arange(len(self.card.splits[name])), [s.samples for s in self.card.splits[name]]
-                ),
-                image_id=table["image_id"].to_numpy(),
-                offset=table["offset"].to_numpy(),
-                size=table["size"].to_numpy(),
-                class_id=table["class_id"].to_numpy().astype(np.int64),
-                place=np.stack([table[c].to_numpy() for c in ("lon", "lat", "date")], axis=1),
-                caption=np.array([number[t] for t in table["caption"].to_pylist()], dtype=np.int64),
-                user_id=table["user_id"].to_numpy(),
-            )
+            name: _split(name, folder, self.card.splits[name], table, self.captions)
             for name, table in tables.items()
         }
 
@@ -103,69 +99,169 @@ class Split:
         name: train, val or test.
         tars: the files that hold its photographs.
         shard: `[N]` index into `tars`.
-        image_id: `[N]` strings.
+        ids: `[N]` strings.
         offset, size: `[N]` bytes of the photograph within its tar.
         class_id: `[N]`.
         place: `[N, 3]` lon, lat in degrees, fraction of the year; NaN where unknown.
         caption: `[N]` index into `ShardSet.captions`.
-        user_id: `[N]` strings, who made the observation; None where unknown.
+        users: `[N]` strings, who made the observation; null where unknown.
     """
 
     name: str
-    tars: tuple[Path, ...]
+    tars: "Tars"
     shard: np.ndarray
-    image_id: np.ndarray
+    ids: pa.ChunkedArray
     offset: np.ndarray
     size: np.ndarray
     class_id: np.ndarray
     place: np.ndarray
     caption: np.ndarray
-    user_id: np.ndarray
-    _maps: dict[int, mmap.mmap] = dataclasses.field(default_factory=dict, repr=False)
+    users: pa.DictionaryArray
 
     def __len__(self) -> int:
         return len(self.class_id)
 
+    @property
+    def image_id(self) -> np.ndarray:
+        """`[N]` Python strings, made anew each time."""
+        return self.ids.to_numpy()
+
+    @property
+    def user_id(self) -> np.ndarray:
+        """`[N]` Python strings, None where unknown, made anew each time."""
+        return self.users.to_numpy(zero_copy_only=False)
+
     def photo(self, index: int) -> bytes:
-        """The JPEG file of a record."""
-        shard, start = int(self.shard[index]), int(self.offset[index])
-        if shard not in self._maps:  # opened on first use, in the process that uses it
-            with self.tars[shard].open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[shard][start : start + int(self.size[index])]
+        """The image file of a record.
+
+        Raises:
+            OSError: its tar is gone, or shorter than it was.
+        """
+        return self.tars.read(int(self.shard[index]), int(self.offset[index]), int(self.size[index]))
 
     def describe(self, index: int) -> str:
         """Where a record lies, for messages."""
-        return f"{self.tars[int(self.shard[index])]}: {self.image_id[index]}.jpg"
+        return f"{self.tars.paths[int(self.shard[index])]}: {self.ids[index].as_py()}.jpg"
+
+
+class Tars:
+    """Files that are read from at any offset, only so many of them open at a time.
+
+    Read, not mapped into memory: Python's maps keep a file open too, and a file cut while it is mapped ends the
+    process by a signal instead of an error.
+
+    Args:
+        paths: any number.
+        most: that may be open at once; a quarter of what the system allows this process, unless given.
+    """
+
+    def __init__(self, paths: Sequence[Path], most: int | None = None) -> None:
+        self.paths = tuple(paths)
+        self.most = most or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self._open: dict[int, int] = {}  # number of the tar -> descriptor, the one used last at the end
+
+    def read(self, number: int, start: int, size: int) -> bytes:
+        """Some bytes of one file.
+
+        Raises:
+            OSError: it cannot be opened, or ends too early.
+        """
+        descriptor = self._open.pop(number, None)
+        if descriptor is None:
+            while len(self._open) >= self.most:
+                os.close(self._open.pop(next(iter(self._open))))
+            descriptor = os.open(self.paths[number], os.O_RDONLY)
+        self._open[number] = descriptor
+        data = os.pread(descriptor, size, start)
+        if len(data) != size:
+            raise OSError(f"{self.paths[number]}: ends within a photograph: cut or replaced while in use")
+        return data
 
     def __getstate__(self) -> dict[str, object]:
-        """Open maps do not travel to workers that are spawned."""
-        return {**self.__dict__, "_maps": {}}
+        """Open files do not travel to workers that are spawned."""
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _split(name: str, folder: Path, shards: Sequence[Shard], table: pa.Table, captions: Sequence[str]) -> Split:
+    return Split(
+        name=name,
+        tars=Tars([folder / shard.file for shard in shards]),
+        shard=np.repeat(np.arange(len(shards), dtype=np.int32), [s.samples for s in shards]),
+        ids=table["image_id"],
+        offset=table["offset"].to_numpy(),
+        size=table["size"].to_numpy(),
+        class_id=table["class_id"].to_numpy().astype(np.int64),
+        place=np.stack([table[c].to_numpy() for c in ("lon", "lat", "date")], axis=1),
+        caption=pc.index_in(table["caption"], pa.array(captions, pa.string())).to_numpy(),
+        users=table["user_id"].combine_chunks(),
+    )
 
 
 def _read_indices(folder: Path, card: Card, split: str) -> pa.Table:
-    tables = []
-    for shard in card.splits[split]:
-        tar, index = folder / shard.file, folder / shard.index_file
-        for path in (tar, index):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: named by the card but missing; build the shard set again")
-        if tar.stat().st_size != shard.size:
-            raise ValueError(
-                f"{tar}: {tar.stat().st_size} bytes, the card says {shard.size}: truncated or edited; "
-                "build the shard set again"
-            )
-        try:
-            earlier = set(LATER_COLUMNS) - set(pq.read_schema(index).names)
-            table = pq.read_table(index, columns=[c for c in INDEX_COLUMNS if c not in earlier])
+    with ThreadPoolExecutor(_READERS) as pool:
+        tables = list(pool.map(functools.partial(_read_index, folder, card), card.splits[split]))
+    pa.default_memory_pool().release_unused()
+    return pa.concat_tables([_columns().empty_table(), *tables]).unify_dictionaries()
+
+
+def _columns() -> pa.Schema:
+    """An index as it is kept in memory."""
+    few = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema([(f.name, few if f.name in _OF_FEW_VALUES else f.type) for f in index_schema()])
+
+
+def _read_index(folder: Path, card: Card, shard: Shard) -> pa.Table:
+    tar, index = folder / shard.file, folder / shard.index_file
+    if not tar.is_file():
+        raise FileNotFoundError(f"{tar}: named by the card but missing; build the shard set again")
+    if (size := tar.stat().st_size) != shard.size:
+        raise ValueError(
+            f"{tar}: {size} bytes, the card says {shard.size}: truncated or edited; build the shard set again"
+        )
+    try:
+        if index.is_file():
+            with pq.ParquetFile(index, read_dictionary=_OF_FEW_VALUES) as file:
+                table = file.read(use_threads=False)
             table.validate(full=True)  # texts are UTF-8
-        except (pa.ArrowInvalid, KeyError, OSError) as error:
-            raise ValueError(f"{index}: not an index ({error}); build the shard set again") from None
-        if table.num_rows != shard.samples:
-            raise ValueError(f"{index}: {table.num_rows} records, the card says {shard.samples}")
-        tables.append(table)
-    # What is missing in some is null there.
-    return pa.concat_tables([index_schema().empty_table(), *tables], promote_options="default")
+        else:
+            table = _made_anew(tar, index, card, shard)
+        table = _with_later_columns(table).select(list(INDEX_COLUMNS)).cast(_columns())
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
+        raise ValueError(f"{index}: not an index ({error}); build the shard set again") from None
+    if table.num_rows != shard.samples:
+        raise ValueError(f"{index}: {table.num_rows} records, the card says {shard.samples}")
+    return table
+
+
+def _made_anew(tar: Path, index: Path, card: Card, shard: Shard) -> pa.Table:
+    """The index of a tar that has none, written beside it where that can be."""
+    keys = tarindex.Keys(**card.made_by.get("keys", {}))
+    rows, _ = tarindex.read(
+        tar, keys, prefix=tarindex.prefix_of(shard.file) if card.made_by.get("prefixed") else ""
+    )
+    template = card.made_by.get("caption")
+    captions = [records.caption(template or records.PAPER_CAPTION, info) for info in card.classes]
+    class_id = {info.raw_class_id: info.class_id for info in card.classes}
+    table = tarindex.table(rows, class_id, captions, own_texts=template is None)
+    try:
+        with records.atomic_write(index) as file:
+            file.write(tarindex.to_bytes(table))
+    except OSError:
+        complain("xcon", f"{index}: is missing, made anew from the tar for this run; its folder cannot be written")
+    else:
+        complain("xcon", f"{index}: was missing, made anew from the tar")
+    return table
+
+
+def _with_later_columns(table: pa.Table) -> pa.Table:
+    """An index with the columns that one of an earlier version lacks: unknown there."""
+    for name in set(LATER_COLUMNS) - set(table.column_names):
+        table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+    return table
 
 
 def _with_captions(table: pa.Table, texts: pa.Array) -> pa.Table:
