@@ -124,7 +124,7 @@ def write_shards(originals: list[bytes], folder: Path) -> Path:
             )
             for i, data in enumerate(originals[first : first + 100])
         ]
-        shards.append(write_shard(folder / f"train-{len(shards):06d}.tar", samples))
+        shards.append(write_shard(folder / f"train-{len(shards):06d}.tar", samples)[0])
     bird = ClassInfo(0, 0, "bird", None, (), {"train": len(originals)})
     Card((bird,), {"train": tuple(shards)}, {}).save(folder)
     return folder

@@ -268,7 +268,7 @@ def _rebuild(card: Card, folder: Path) -> str:
 
 def _option(setting: dataclasses.Field, value: Any) -> list[str]:
     """A setting as it stands on the command line; nothing where the card has it not, or its default."""
-    if value is None or value == setting.default:
+    if value is None or value in ([], setting.default):
         return []
     flag = f"--{setting.name.replace('_', '-')}"
     if isinstance(value, bool):

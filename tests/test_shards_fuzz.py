@@ -230,7 +230,7 @@ def reported(folder: Path) -> dict[str, str]:
     if not (folder / REPORT).exists():
         return {}
     with (folder / REPORT).open(newline="") as table:
-        return {row["image_id"]: row["reason"] for row in csv.DictReader(table)}
+        return {row["image_id"]: row["detail"] for row in csv.DictReader(table) if row["dropped"] == "yes"}
 
 
 def read(folder: Path) -> Iterator[tuple[str, bytes, np.ndarray]]:
@@ -603,7 +603,9 @@ def test_what_verify_passes_is_read_as_pillow_reads_it(photographs, tmp_path, ca
     _, _, sources = photographs
     infos = (ClassInfo(0, 2, "Sky Lark", None, (), {"train": len(sources)}),)
     records = [Record(key, 0, 2, "Sky Lark", None, None, None, "train") for key in sources]
-    shard = write_shard(tmp_path / "train-000000.tar", [Sample(r, sources[r.image_id], "a lark") for r in records])
+    shard, _ = write_shard(
+        tmp_path / "train-000000.tar", [Sample(r, sources[r.image_id], "a lark") for r in records]
+    )
     Card(infos, {"train": (shard,)}, {}).save(tmp_path)
     status, lines = run(["verify", tmp_path, "--workers", "1"], capsys)
     assert status == 2

@@ -61,7 +61,7 @@ def by_hand(tmp_path_factory):
         Record("k2", 2, *classes[2], lon=None, lat=None, date=0.25, split="train", extra=extra[1]),
     ]
     samples = [Sample(record, buffer.getvalue(), f"Ein Foto: {record.class_name}") for record in records]
-    shard = write_shard(folder / "train-000000.tar", samples)
+    shard, _ = write_shard(folder / "train-000000.tar", samples)
     counts = [{"train": 1}, {}, {"train": 1}]
     infos = (ClassInfo(i, *classes[i], None, (), counts[i]) for i in range(3))
     Card(tuple(infos), {"train": (shard,)}, {"source": "by hand"}).save(folder)

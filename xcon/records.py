@@ -18,7 +18,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -238,8 +238,9 @@ class Shard:
     sha256: str
 
     def __post_init__(self) -> None:
-        if not self.file.endswith(".tar") or set(self.file) & set("/\\"):
-            raise ValueError(f"shard {self.file!r} is no plain name of a .tar")
+        path = PurePosixPath(self.file)
+        if path.suffix != ".tar" or path.is_absolute() or ".." in path.parts or "\\" in self.file:
+            raise ValueError(f"shard {self.file!r} is no name of a .tar in the set's folder")
 
     @property
     def index_file(self) -> str:
