@@ -34,7 +34,7 @@ from shards.synthetic import Synthetic
 from shards.trouble import REPORT_NAME
 from shards.workspace import Share, workspace
 from xcon.commandline import complain, guarded, one_line_errors
-from xcon.records import Card
+from xcon.records import CARD_NAME, Card
 from xcon.shardset import ShardSet
 from xcon.tarindex import Keys
 
@@ -245,7 +245,7 @@ def _verify(command: Verify, console: Console) -> None:
         console.print(line, markup=False)
     problems = outcome.problems
     if outcome.lost and command.repair:
-        problems = [*problems, f"{folder}: with this machine's paths, run: {_rebuild(card, folder)}"]
+        problems = [*problems, f"{folder}: {_rebuild(card, folder)}"]
     if len(problems) == 1:
         raise ValueError(problems[0])
     for problem in problems:
@@ -256,14 +256,17 @@ def _verify(command: Verify, console: Console) -> None:
 
 
 def _rebuild(card: Card, folder: Path) -> str:
-    """The command that builds a set again, its settings as the card has them where they are not the defaults.
+    """What brings tars back: the command that built them, with the settings of the card that are not the defaults.
 
     The card knows files by their names only.
     """
     name = str(card.made_by.get("source", "SOURCE"))
+    if name == "index":
+        return f"bring its tars back from where they came, or remove {CARD_NAME} and index those that are there"
     settings = [f for source in SOURCES if name == source.NAME for f in dataclasses.fields(source)]
     words = [word for setting in settings for word in _option(setting, card.made_by.get(setting.name))]
-    return shlex.join(["xcon-shards", "build", name, *words, "--out", str(folder), "--repair"])
+    command = shlex.join(["xcon-shards", "build", name, *words, "--out", str(folder), "--repair"])
+    return f"with this machine's paths, run: {command}"
 
 
 def _option(setting: dataclasses.Field, value: Any) -> list[str]:

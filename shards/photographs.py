@@ -87,6 +87,16 @@ def is_stored(data: bytes) -> bool:
         return False
 
 
+def decodes(data: bytes) -> bool:
+    """Whether a photograph of any format decodes to its last row, as `xcon.images` wants it."""
+    try:
+        with _open(data) as image:
+            image.load()
+            return (image.format, image.mode) != ("JPEG", "RGB") or _is_clean(data)
+    except _DAMAGE:
+        return False
+
+
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
     # Pillow warns of damaged EXIF data, and above 89 million pixels, which cameras have; it refuses twice that.

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from shards.build import index_bytes
 from shards.members import Stored, row_of, sha256, stored
-from shards.photographs import is_stored
+from shards.photographs import decodes, is_stored
 from shards.pool import Pool
 from shards.progress import progress
 from shards.trouble import REPORT_NAME
@@ -35,6 +35,7 @@ from xcon.records import (
     atomic_write,
     index_schema,
 )
+from xcon.shardset import from_tar
 
 _PER_PROCESS = 2000  # photographs that are checked in about the time that a process takes to start
 
@@ -95,14 +96,13 @@ class _Check:
             wrong.append(str(error))
         expected: list[dict[str, Any]] = []
         readable, number = True, 0
-        for number, record in enumerate(stored(path), start=1):
-            found, problems = _read_record(self.card, split, record)
+        for number, (row, problems) in enumerate(self._read(path, split, shard), start=1):
             report.problems += [f"{path}: {problem}" for problem in problems]
-            if found is None:
+            if row is None:
                 readable = False
                 continue
-            report.records.append((found.image_id, found.class_id))
-            expected.append(row_of(found, record))
+            report.records.append((row["image_id"], row["class_id"]))
+            expected.append(row)
             if rows and number <= len(rows):
                 wrong += [f"{path}: {problem}" for problem in _row_problems(expected[-1], rows[number - 1])]
         if number != shard.samples:
@@ -115,6 +115,15 @@ class _Check:
             report.repaired.append(f"{index}: rebuilt from its tar")
         else:
             report.problems += wrong
+
+    def _read(self, path: Path, split: str, shard: Shard) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
+        """The row of the index that each record of a tar has, None where it is no record, and what is wrong."""
+        if self.card.made_by.get("source") == "index":
+            yield from _of_anybody(path, self.card, shard)
+            return
+        for record in stored(path):
+            found, problems = _read_record(self.card, split, record)
+            yield (None if found is None else row_of(found, record)), problems
 
 
 def check(
@@ -238,6 +247,19 @@ def _read_record(card: Card, split: str, record: Stored) -> tuple[Record | None,
     if found.split != split:
         problems.append(f"{record.key}.json: split is {found.split}, the shard is of {split}")
     return found, [*problems, *_label_problems(card.classes, record.key, found)]
+
+
+def _of_anybody(path: Path, card: Card, shard: Shard) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The records of a tar that `xcon-shards index` read, as it reads them."""
+    try:
+        rows = from_tar(path, card, shard).to_pylist()
+    except KeyError as error:
+        raise ValueError(f"{path}: has the label {error}, which the card has not") from None
+    with path.open("rb") as file:
+        for row in rows:
+            file.seek(row["offset"])
+            whole = decodes(file.read(row["size"]))
+            yield row, [] if whole else [f"{row['image_id']}: its image does not decode"]
 
 
 def _label_problems(classes: tuple[ClassInfo, ...], key: str, record: Record) -> Iterator[str]:

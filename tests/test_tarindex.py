@@ -152,6 +152,29 @@ def test_anybodys_tars(foreign: Path, tmp_path: Path, elsewhere: bool, capsys: p
         assert path.read_bytes() == was
 
 
+def test_anybodys_tars_are_verified(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole as indexed; a lost index comes back; a broken image is named though the card knows its bytes."""
+    assert run("index", foreign) == 0
+    assert run("verify", foreign) == 0
+    index = next(foreign.rglob("*train*.index.parquet"))
+    was = index.read_bytes()
+    index.unlink()
+    assert run("verify", foreign, "--repair") == 0
+    assert index.read_bytes() == was
+    (foreign / records.CARD_NAME).unlink()
+    tar = foreign / "birds-train-000.tar"
+    data = tar.read_bytes()
+    start = data.index(b"\xff\xda")  # of the scan of the first photograph, whose bytes after it are lost
+    tar.write_bytes(data[: start + 2] + bytes(40) + data[start + 42 :])
+    assert run("index", foreign) == 0
+    capsys.readouterr()
+    assert run("verify", foreign) == 2
+    assert capsys.readouterr().err == f"xcon-shards: {tar}: a/0001: its image does not decode\n"
+    tar.unlink()
+    assert run("verify", foreign, "--repair") == 2
+    assert "bring its tars back" in capsys.readouterr().err
+
+
 def test_labels_places_and_captions_under_other_names(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "a.tar",

@@ -237,8 +237,13 @@ def _read_index(folder: Path, card: Card, shard: Shard) -> pa.Table:
     return table
 
 
-def _made_anew(tar: Path, index: Path, card: Card, shard: Shard) -> pa.Table:
-    """The index of a tar that has none, written beside it where that can be."""
+def from_tar(tar: Path, card: Card, shard: Shard) -> pa.Table:
+    """The index of a tar, made from the tar itself as the card says that it was read.
+
+    Raises:
+        ValueError, OSError: as `tarindex.samples`.
+        KeyError: a label that the card has not.
+    """
     keys = tarindex.Keys(**card.made_by.get("keys", {}))
     rows, _ = tarindex.read(
         tar, keys, prefix=tarindex.prefix_of(shard.file) if card.made_by.get("prefixed") else ""
@@ -246,7 +251,12 @@ def _made_anew(tar: Path, index: Path, card: Card, shard: Shard) -> pa.Table:
     template = card.made_by.get("caption")
     captions = [records.caption(template or records.PAPER_CAPTION, info) for info in card.classes]
     class_id = {info.raw_class_id: info.class_id for info in card.classes}
-    table = tarindex.table(rows, class_id, captions, own_texts=template is None)
+    return tarindex.table(rows, class_id, captions, own_texts=template is None)
+
+
+def _made_anew(tar: Path, index: Path, card: Card, shard: Shard) -> pa.Table:
+    """The index of a tar that has none, written beside it where that can be."""
+    table = from_tar(tar, card, shard)
     try:
         with records.atomic_write(index) as file:
             file.write(tarindex.to_bytes(table))
