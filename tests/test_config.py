@@ -378,13 +378,6 @@ def test_what_fine_tuning_cannot_do_is_refused_by_name(settings: dict, message: 
             ("--fusion", "channels", "--meta-lr", "0.1"),
             "--meta-lr: unused, --fusion channels has no metadata encoder",
         ),
-        (
-            (
-                *("--fusion", "product", "--meta-dropout", "0", "--init", "run"),
-                *("--head", "captions", "--hidden", "9"),
-            ),
-            "--hidden: unused, --head captions has no hidden layer",
-        ),
     ],
 )
 def test_what_changes_nothing_is_refused(

@@ -145,6 +145,18 @@ def test_a_damaged_tokenizer_is_named(pretrained: Path, tiny_shards: Path, tmp_p
         start.class_vectors(run, spec, ShardSet(tiny_shards))
 
 
+@pytest.mark.parametrize("head", [(), ("--head", "captions")])
+def test_heads_of_captions_have_no_hidden_layer(
+    head: tuple[str, ...], pretrained: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether they are asked for, or are what --init leads to."""
+    words = ["demo", "--shards", tiny_shards, "--out", tmp_path / "run", "--init", pretrained, *head]
+    product = ["--fusion", "product", "--meta-dropout", "0", "--hidden", "9"]
+    assert training.run(finetune.main, [*words, *product]) == 2
+    assert "--hidden 9: unused, --head captions has no hidden layer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ---- average weights
 
 

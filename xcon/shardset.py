@@ -224,7 +224,9 @@ def _read_index(folder: Path, card: Card, shard: Shard) -> pa.Table:
         )
     try:
         if index.is_file():
-            with pq.ParquetFile(index, read_dictionary=_OF_FEW_VALUES) as file:
+            footer = pq.read_metadata(index)
+            few = [name for name in _OF_FEW_VALUES if name in footer.schema.names]
+            with pq.ParquetFile(index, metadata=footer, read_dictionary=few) as file:
                 table = file.read(use_threads=False)
             table.validate(full=True)  # texts are UTF-8
         else:
