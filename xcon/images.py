@@ -126,9 +126,10 @@ class RandomCrop:
             drawn = self.cut.make_params([pixels])
             top, left = drawn["top"], drawn["left"]
             pixels = pixels[:, top : top + drawn["height"], left : left + drawn["width"]]
+        if torch.rand(1) < 0.5:  # before it is scaled: one copy less, and the same pixels
+            pixels = pixels.flip(2)
         size = [self.size, self.size]
-        scaled = functional.resize(_packed(pixels), size, interpolation=self.interpolation, antialias=True)
-        return scaled.flip(2) if torch.rand(1) < 0.5 else scaled
+        return functional.resize(_packed(pixels), size, interpolation=self.interpolation, antialias=True)
 
 
 def _packed(pixels: Tensor) -> Tensor:
