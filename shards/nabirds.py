@@ -26,7 +26,7 @@ from shards.locations import (
     check_same_split,
     read_locations,
 )
-from shards.photographs import Fit
+from shards.photographs import Fit, of_file
 from shards.plan import Photograph, Plan, count
 from shards.source import SPOOL_NAME, Room, Source
 from xcon.records import ClassInfo, Record, number_classes
@@ -102,12 +102,7 @@ class _InFolder:
     fit: Fit
 
     def __call__(self, path: str) -> Photograph:
-        file = self.images / path
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-        return self.fit(data, f"images/{path}")
+        return of_file(self.images / path, f"images/{path}", self.fit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.photographs import Fit
+from shards.photographs import Fit, of_file
 from shards.plan import Photograph, Plan, count
 from shards.source import Source
 from xcon.records import ClassInfo, Record, check_place, number_classes, year_fraction
@@ -187,12 +187,7 @@ class Files:
             BrokenPhotographError: it does not decode.
             ValueError: it cannot be read.
         """
-        file = self.root / self.paths[name]
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-        return self.fit(data, self.paths[name])
+        return of_file(self.root / self.paths[name], self.paths[name], self.fit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -32,6 +33,20 @@ _SAME_COLOUR = 2  # levels of 256 by which a profile may differ from sRGB and be
 def fit(data: bytes, name: str, *, size: int, quality: int) -> bytes:
     """The JPEG of `take` alone."""
     return take(data, name, size=size, quality=quality).jpg
+
+
+def of_file(file: Path, name: str, fit: Fit) -> Photograph:
+    """A photograph that lies in a file of its own; `name` is for messages of what does not decode.
+
+    Raises:
+        BrokenPhotographError: it does not decode.
+        ValueError: it cannot be read.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    return fit(data, name)
 
 
 def take(data: bytes, name: str, *, size: int, quality: int) -> Photograph:
