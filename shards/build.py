@@ -48,6 +48,7 @@ from xcon.records import (
 )
 
 WORTH_A_WORKER = 500  # photographs; a process takes as long to start as some hundreds of small ones take
+_ANOTHER = "another task makes the card; if none runs any more, the same command without --task does"
 _BLOCK = 512  # bytes; a USTAR member is one block of header, then its data
 
 
@@ -261,6 +262,9 @@ def pack(plan: Plan, space: Workspace, console: Console, settings: Settings) -> 
     if (space.out / CARD_NAME).exists():  # a run ended, or was killed while it removed its notes
         space.finish()
         return Card.load(space.out)
+    if space.is_finished_by_another:
+        console.print(f"{space.out}: {_ANOTHER}")
+        return None
     made = made_before(space.out, jobs)
     space.keep_only(set(made))
     if made:
@@ -268,11 +272,30 @@ def pack(plan: Plan, space: Workspace, console: Console, settings: Settings) -> 
     mine = [job for number, job in enumerate(jobs) if space.share.has(number) and job.file not in made]
     made |= make(mine, maker, console, settings.workers, "pack")
     made |= made_before(space.out, [job for job in jobs if job.file not in made])  # by other tasks meanwhile
-    if missing := [job.file for job in jobs if job.file not in made]:
+    if (space.out / CARD_NAME).exists():  # another task was quicker
+        return Card.load(space.out)
+    missing = [job.file for job in jobs if job.file not in made]
+    if missing and not space.is_finished_by_another:
         console.print(
             f"{space.out}: the card waits for {len(missing):,} shards of other tasks, {missing[0]} first"
         )
         return None
+    if missing or not space.claim():
+        console.print(f"{space.out}: {_ANOTHER}")
+        return None
+    return _finish(plan, jobs, made, space, console, settings)
+
+
+def _finish(
+    plan: Plan,
+    jobs: Sequence[Job],
+    made: dict[str, Made],
+    space: Workspace,
+    console: Console,
+    settings: Settings,
+) -> Card:
+    """Looks at all shards together, and writes report and card."""
+    maker = settings.maker(plan, space.out)
     copies = _same_files(jobs, made, drop="duplicates" in settings.drop)
     if "duplicates" in settings.drop:
         made |= _make_without(copies, jobs, made, maker, console, settings.workers)
@@ -343,9 +366,8 @@ def _card(
 
 
 def _hash(plan: Plan, jobs: Iterable[Job]) -> str:
-    """Of what is packed: classes, facts, and every record in its place."""
+    """Of what is packed: classes, and every record in its place. Facts may be of files beside them."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(c) for c in plan.classes]).encode())
-    digest.update(json.dumps(dict(plan.facts)).encode())
     for job in jobs:
         digest.update(job.file.encode())
         for record in job.records:

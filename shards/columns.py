@@ -1,7 +1,6 @@
 """Which column says what: the settings and the reading that all sources with a table share."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -179,7 +178,7 @@ def no_label(columns: Sequence[str], where: str) -> ValueError:
 
 
 def _text(value: Any, where: str, column: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip():
+    if is_unknown(value):
         raise ValueError(f"{where}: column {column!r} is empty; fill it in, or take the row out")
     return str(value)
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from xcon.records import UNREADABLE, check_place
+from shards.photographs import DAMAGE, opened
+from xcon.records import check_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,11 @@ NOTHING = Note(None, None, None)
 def read(file: Path) -> Note:
     """What the camera noted; nothing where the file does not open: a build finds that out."""
     try:
-        with Image.open(file) as image:
+        with opened(file) as image:
             tags = image.getexif()
             lon, lat = _place(tags.get_ifd(ExifTags.IFD.GPSInfo))
             return Note(lon, lat, _date(tags.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)))
-    except UNREADABLE:
+    except DAMAGE:
         return NOTHING
 
 

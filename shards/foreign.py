@@ -1,11 +1,10 @@
 """Anybody's WebDataset tars become a shard set where they lie: an index beside each, and a card.
 
-The tars are read once and not changed. Labels come from the `json` or the `cls` of a sample, captions from its
+The tars are not changed. Labels come from the `json` or the `cls` of a sample, captions from its
 `txt`; samples without image or label stay in the tars, unseen, and are counted.
 """
 
 import dataclasses
-import hashlib
 import os
 import re
 from collections import Counter
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from shards.members import sha256
+from shards.observations import SPLIT_NAMES
 from shards.progress import progress
 from xcon.records import (
     CARD_NAME,
@@ -28,8 +29,6 @@ from xcon.records import (
     number_classes,
 )
 from xcon.tarindex import Keys, Label, Row, prefix_of, read, table, to_bytes
-
-_WORDS = {"valid": "val", "validation": "val", "dev": "val"} | {split: split for split in SPLITS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Tar:
 def index(
     root: Path, out: Path, console: Console, *, pattern: str, split: str | None, keys: Keys, template: str | None
 ) -> tuple[Card, Counter[str]]:
-    """Reads every tar once, writes an index for each and, last, the card.
+    """Reads every tar, writes an index for each and, last, the card.
 
     Args:
         root: folder of the tars.
@@ -73,6 +72,8 @@ def index(
     prefixed = _repeats(row.image_id for tar in tars for row in tar.rows)
     if prefixed:
         tars = [dataclasses.replace(tar, rows=_prefixed(tar)) for tar in tars]
+        if twice := next((tar for tar in tars if _repeats(row.image_id for row in tar.rows)), None):
+            raise ValueError(f"{root / twice.name}: a key stands there twice, its members apart from each other")
     labels = number_classes(_of_one_kind(root, {row.label for tar in tars for row in tar.rows}))
     classes = _classes(tars, labels)
     captions = [caption(template or PAPER_CAPTION, info) for info in classes]
@@ -82,11 +83,12 @@ def index(
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             target.symlink_to((root / tar.name).resolve())
+        if not target.samefile(root / tar.name):
+            raise ValueError(f"{target}: is another file than {root / tar.name}; name an empty folder with --out")
         with atomic_write(target.with_name(index_name(target.name))) as file:
             file.write(to_bytes(table(tar.rows, labels, captions, own_texts=template is None)))
-        with target.open("rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        shards.setdefault(tar.split, []).append(Shard(tar.name, len(tar.rows), target.stat().st_size, sha256))
+        shard = Shard(tar.name, len(tar.rows), target.stat().st_size, sha256(target))
+        shards.setdefault(tar.split, []).append(shard)
     made_by = {
         "source": "index", "keys": dataclasses.asdict(keys), "caption": template, "prefixed": prefixed,
         "left_out": dict(left_out),
@@ -102,6 +104,8 @@ def _paths(root: Path, out: Path, pattern: str) -> list[Path]:
     paths = sorted(path for path in root.glob(pattern) if path.is_file())
     if not paths:
         raise ValueError(f"{root}: no file is called {pattern}; --pattern names the tars")
+    if wrong := [path for path in paths if path.suffix != ".tar"]:
+        raise ValueError(f"{wrong[0]}: its name does not end in .tar, and is not read as one")
     if (out / CARD_NAME).exists():
         raise ValueError(f"{out}: already holds a shard set; remove its {CARD_NAME} to index it anew")
     out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,7 @@ def _read(
 def split_of(name: str) -> str:
     """The split that the last word of a name speaks of: `data/imagenet-val-000.tar` is val; else train."""
     words = re.findall("[a-z]+", name.lower())
-    return next((_WORDS[word] for word in reversed(words) if word in _WORDS), "train")
+    return next((SPLIT_NAMES[word] for word in reversed(words) if word in SPLIT_NAMES), "train")
 
 
 def _repeats(ids: Iterable[str]) -> bool:

@@ -35,6 +35,12 @@ class Hub(Columns):
     image_column: str | None = None
     """The photographs. Where not given: the only column of images."""
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """As of every source; of a folder its name alone, which is not of this machine."""
+        name = Path(self.name).name if Path(self.name).exists() else self.name
+        return {**super().made_by, "name": name}
+
     def plan(self, room: Room) -> Plan:
         """Loads the set; its photographs stay where they are."""
         loaded = load(self.name, self.config, room.console)

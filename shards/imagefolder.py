@@ -159,7 +159,7 @@ def find_files(root: Path, meta: Path | None) -> Found:
         what = "is a file" if root.exists() else "no such folder"
         raise ValueError(f"{root}: {what}; --root is the folder of the photographs")
     paths = []
-    for folder, below, names in os.walk(root, followlinks=True):
+    for folder, below, names in os.walk(root, onerror=_unlisted, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
         paths += [Path(folder, name) for name in names if not name.startswith(".")]
     names = sorted(p.relative_to(root).as_posix() for p in paths if meta is None or p != meta)
@@ -169,6 +169,10 @@ def find_files(root: Path, meta: Path | None) -> Found:
     tables = () if meta else tuple(name for name in names if posixpath.basename(name) in METADATA_NAMES)
     suffixes = Counter(posixpath.splitext(name)[1] or "no suffix" for name in {*names} - {*photographs, *tables})
     return Found(photographs, tables, dict(suffixes.most_common()))
+
+
+def _unlisted(error: OSError) -> None:
+    raise OSError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
 def _same_columns(tables: Mapping[str, Table], names: Sequence[str]) -> tuple[str, ...]:

@@ -185,7 +185,7 @@ class Files:
 
         Raises:
             BrokenPhotographError: it does not decode.
-            ValueError: it cannot be read.
+            OSError: it cannot be read.
         """
         return of_file(self.root / self.paths[name], self.paths[name], self.fit)
 

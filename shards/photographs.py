@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -25,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 MOST_PIXELS = 150_000_000  # read from the header, before anything is decoded: 450 MB in RGB
 LONGEST_SIDE = 65_500  # pixels; of a JPEG, by libjpeg
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-_DAMAGE = (*UNREADABLE, Image.DecompressionBombError)
+DAMAGE = (*UNREADABLE, Image.DecompressionBombError)
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _SAME_COLOUR = 2  # levels of 256 by which a profile may differ from sRGB and be called so
 
@@ -40,12 +41,12 @@ def of_file(file: Path, name: str, fit: Fit) -> Photograph:
 
     Raises:
         BrokenPhotographError: it does not decode.
-        ValueError: it cannot be read.
+        OSError: it cannot be read.
     """
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+        raise OSError(f"{file}: cannot be read ({error.strerror})") from None
     return fit(data, name)
 
 
@@ -65,11 +66,11 @@ def take(data: bytes, name: str, *, size: int, quality: int) -> Photograph:
         BrokenPhotographError: the file does not decode to its last row, or is too large.
     """
     try:
-        with _open(data) as image:
+        with opened(io.BytesIO(data)) as image:
             shorter, (jpg, remark) = min(image.size), _jpeg(image, data, size, quality)
     except UnidentifiedImageError:
         raise BrokenPhotographError(f"{name}: does not decode (no image format that Pillow knows)") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise BrokenPhotographError(f"{name}: does not decode ({error})") from None
     return Photograph(jpg, hashlib.sha256(data).digest(), shorter, remark)
 
@@ -96,28 +97,29 @@ def _jpeg(image: Image.Image, data: bytes, size: int, quality: int) -> tuple[byt
 def is_stored(data: bytes) -> bool:
     """Whether a photograph is what `fit` gives: an upright RGB JPEG that decodes without a warning."""
     try:
-        with _open(data) as image:
+        with opened(io.BytesIO(data)) as image:
             return _fits(image, sys.maxsize) and _is_clean(data)
-    except _DAMAGE:
+    except DAMAGE:
         return False
 
 
 def decodes(data: bytes) -> bool:
     """Whether a photograph of any format decodes to its last row, as `xcon.images` wants it."""
     try:
-        with _open(data) as image:
+        with opened(io.BytesIO(data)) as image:
             image.load()
             return (image.format, image.mode) != ("JPEG", "RGB") or _is_clean(data)
-    except _DAMAGE:
+    except DAMAGE:
         return False
 
 
 @contextmanager
-def _open(data: bytes) -> Iterator[Image.Image]:
+def opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """A photograph whose header is read, without Pillow's warnings."""
     # Pillow warns of damaged EXIF data, and above 89 million pixels, which cameras have; it refuses twice that.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(file) as image:
             yield image
 
 

@@ -84,6 +84,8 @@ def mend(plan: Plan, card: Card, out: Path, work: Path, console: Console, settin
     damaged = _damaged(out, shards, console)
     if unknown := [file for file in damaged if file not in jobs]:
         raise ValueError(f"{out / unknown[0]}: the source has too few photographs for it now, so it was another")
+    if set(trouble.SAME_FILE) & set(card.made_by.get("trouble", {})) and not (out / trouble.REPORT_NAME).is_file():
+        raise ValueError(f"{out / trouble.REPORT_NAME}: is missing, and says which copies were left out")
     dropped = trouble.dropped_copies(out)
     without = [
         Job(file, jobs[file].records, dropped & {r.image_id for r in jobs[file].records}) for file in damaged

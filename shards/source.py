@@ -14,7 +14,7 @@ from rich.console import Console
 
 from shards import photographs
 from shards.plan import Plan
-from xcon.records import PAPER_CAPTION, ClassInfo, caption
+from xcon.records import PAPER_CAPTION, SPLITS, ClassInfo, caption
 
 SPOOL_NAME = ".spool"  # for a source that must be read in its own order
 DRAWN_NAME = ".source"  # for a source that is made before it is packed
@@ -70,7 +70,7 @@ class Source:
     tasks: int = 1
     """Tasks that share the work."""
     repair: bool = False
-    """Build shards of a finished set anew that are missing or damaged, and nothing else."""
+    """Build shards and indices of a finished set anew that are missing or damaged, and nothing else."""
     dry_run: bool = False
     """Print the counts and write nothing."""
 
@@ -119,4 +119,7 @@ class Source:
 def _without_folder(setting: Any) -> Any:
     if isinstance(setting, tuple):
         return [_without_folder(value) for value in setting]
-    return setting.name if isinstance(setting, Path) else setting
+    if not isinstance(setting, Path):
+        return setting
+    split, equals, file = str(setting).partition("=")  # test=FILE
+    return f"{split}={Path(file).name}" if equals and split in SPLITS else setting.name

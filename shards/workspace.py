@@ -3,6 +3,7 @@
 .xcon-build                 stands while a set is built: the settings and the plan it was begun with
 .work-0                     what the source needs meanwhile, and one more for each further task of an array
 .train-000000.made.json     beside a finished shard: its hash, what was met in it (see `shards.build.Made`)
+.finish                     the claim of the task of an array that makes the card
 
 All are gone when the card is there. A killed build leaves them, and the same command goes on from them.
 """
@@ -19,18 +20,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shards.pool import WorkerLostError
 from shards.trouble import REPORT_NAME
 from xcon.records import CARD_NAME, SPLITS, atomic_write
 
 _STEM = rf"({'|'.join(SPLITS)})-\d{{6}}"
-SHARD_NAME = re.compile(rf"{_STEM}\.tar")
 _MARKER = ".xcon-build"
+_CLAIM = ".finish"
 WORK = ".work-{}"
 # A name with more at its end is that of a file that was being written (`atomic_write`).
 _OF_SHARD = re.compile(rf"\.{{0,2}}(?P<stem>{_STEM})\.(tar|index\.parquet|made\.json)(?P<partial>\..+)?")
 _OURS = re.compile(
-    rf"{_OF_SHARD.pattern}|\.?{REPORT_NAME}(\..+)?|\.{CARD_NAME}\..+|\.?{_MARKER}(\..+)?|\.work-\d+"
+    rf"{_OF_SHARD.pattern}|\.?{REPORT_NAME}(\..+)?|\.{CARD_NAME}\..+|\.?{_MARKER}(\..+)?|\.work-\d+|{_CLAIM}"
 )
 
 
@@ -58,6 +58,7 @@ class Workspace:
         self.out, self.share = out, share
         self.work = out / WORK.format(share.task)
         self._mine: frozenset[str] | None = None  # stems of shards; None before `begin`
+        self._claimed = False
 
     def begin(self, made_by: Mapping[str, Any], plan: str, files: Sequence[str]) -> None:
         """Marks the folder as that of this build, or finds the mark.
@@ -81,6 +82,21 @@ class Workspace:
                 file.write(json.dumps(ours).encode())
         self._mine = frozenset(_stem(name) for number, name in enumerate(files) if self.share.has(number))
 
+    def claim(self) -> bool:
+        """Whether this run makes the card, which one task of an array does, alone; a run without tasks always."""
+        if self.share.tasks > 1 and not self._claimed:
+            try:
+                (self.out / _CLAIM).mkdir()  # of two that try, one fails, on a network's disk too
+            except FileExistsError:
+                return False
+        self._claimed = True
+        return True
+
+    @property
+    def is_finished_by_another(self) -> bool:
+        """Whether another task is making the card, and may be making shards again."""
+        return self.share.tasks > 1 and not self._claimed and (self.out / _CLAIM).exists()
+
     def keep_only(self, files: set[str]) -> None:
         """Removes of this run's shards, and of what no shard is, all but these tars, their indices and notes."""
         stems = {_stem(name) for name in files}
@@ -96,8 +112,8 @@ class Workspace:
                 remove(path)
 
     def give_up(self) -> None:
-        """Removes what this run and those before it wrote; nothing where it was another build's, or not begun."""
-        if self._mine is not None:
+        """Removes what this run and those before it wrote; nothing where it was another build's, or is whole."""
+        if self._mine is not None and not (self.out / CARD_NAME).exists() and not self.is_finished_by_another:
             for path in self._ours():
                 remove(path)
 
@@ -105,10 +121,13 @@ class Workspace:
         """Removes this run's work and what its workers were writing, and the mark where nothing was made yet."""
         if self.work.exists():
             shutil.rmtree(self.work)
-        if self._mine is not None:
+        if self._mine is not None and not self.is_finished_by_another:
             for path in self._ours():
                 if (match := _OF_SHARD.fullmatch(path.name)) and match["partial"]:
                     remove(path)
+        if self._claimed:
+            with contextlib.suppress(FileNotFoundError):
+                (self.out / _CLAIM).rmdir()
         if [path.name for path in self.out.iterdir()] == [_MARKER]:
             (self.out / _MARKER).unlink(missing_ok=True)
         if created:
@@ -149,10 +168,10 @@ def workspace(out: Path, share: Share) -> Iterator[Workspace]:
             shutil.rmtree(space.work)
         space.work.mkdir()
         yield space
-    except WorkerLostError:
-        raise
     except (ValueError, OSError) as error:
-        space.give_up()
+        # A worker that was killed, or a disk that did not answer for once, costs no shard that is whole.
+        if isinstance(error, ValueError) or full_disk(error):
+            space.give_up()
         if number := full_disk(error):
             reason = os.strerror(number).lower()
             raise OSError(f"--out {out}: {reason}; free some, or name a folder on another disk") from error

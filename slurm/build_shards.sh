@@ -7,12 +7,21 @@
 #   sbatch [--array=0-7] slurm/build_shards.sh SOURCE --out DIR [...]
 #   sbatch slurm/build_shards.sh nabirds --root nabirds.tar.gz --meta nabirds_with_loc_2019.json --out data/nabirds
 # The arguments are those of `xcon-shards build`. Submitted again, or requeued, a task goes on where it was; submitted
-# again without --array, one job makes what is missing and the card. Every task reads the source for itself.
+# again without --array when no task runs any more, one job makes what is missing and the card. A part of an array,
+# as --array=3, needs the number of all tasks: --tasks 8. Every task reads the source for itself.
 set -euo pipefail
 source slurm/site.sh || { echo "submit from the top of the repository" >&2 && exit 2; }
 part=()
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  part=(--task $((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0})) --tasks "$SLURM_ARRAY_TASK_COUNT")
+  part=(--task "$SLURM_ARRAY_TASK_ID")
+  if [[ " $* " != *" --tasks "* ]]; then
+    # shellcheck disable=SC2153 # SLURM's own, beside SLURM_ARRAY_TASK_ID
+    if ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_MAX + 1 != SLURM_ARRAY_TASK_COUNT)); then
+      echo "xcon: not all tasks from 0 on; give --tasks N too, the number of tasks of the whole array" >&2
+      exit 2
+    fi
+    part+=(--tasks "$SLURM_ARRAY_TASK_COUNT")
+  fi
 fi
 # Before the user's, so that a number of workers given by the user wins.
 become xcon-shards build "${@:1:1}" --workers "${SLURM_CPUS_PER_TASK:-1}" "${part[@]}" "${@:2}"

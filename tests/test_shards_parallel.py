@@ -96,6 +96,67 @@ def test_whoever_writes_the_card_leaves_the_work_of_others(release, undisturbed,
     assert contents(out) == undisturbed
 
 
+def test_one_task_alone_makes_the_card(release, undisturbed, tmp_path, capsys):
+    """While one looks at all shards, and may make some again, another leaves everything as it is."""
+    out = tmp_path / "set"
+    assert main(*arguments(release, out, "--tasks", "2", "--task", "0")) == 0
+    (out / ".finish").mkdir()  # the other's claim
+    being_written = out / ".train-000001.tar.k3j2"  # of task 1's share
+    being_written.touch()
+    (out / ".train-000001.made.json").unlink(missing_ok=True)
+    before = contents_of_files(out)
+    capsys.readouterr()
+    assert main(*arguments(release, out, "--tasks", "2", "--task", "1")) == 0
+    assert capsys.readouterr().out.endswith("if none runs any more, the same command without --task does\n")
+    assert contents_of_files(out) == before
+    assert main(*arguments(release, out)) == 0  # none runs any more
+    assert contents(out) == undisturbed
+
+
+def test_tasks_that_end_together_make_one_whole_set(tmp_path):
+    """With copies to drop, so that whoever ends last makes shards of the others again."""
+    same = noise(99, 40)
+    photographs = [(f"p{n:02d}", 2, "train", same if n % 4 == 0 else noise(n, 40)) for n in range(24)]
+    root = write_release(tmp_path / "birds", photographs)
+    more = ("--drop", "duplicates", "--workers", "1")
+    assert main(*arguments(root, tmp_path / "alone", *more)) == 0
+    out = tmp_path / "set"
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *arguments(root, out, *more, "--tasks", "3", "--task", str(task))],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+        )
+        for task in range(3)
+    ]
+    assert [task.wait(timeout=300) for task in tasks] == [0, 0, 0]
+    if not (out / "dataset.json").exists():  # each looked before the last shard was there
+        assert main(*arguments(root, out, *more)) == 0
+    assert contents(out) == contents(tmp_path / "alone")
+
+
+def contents_of_files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_a_photograph_that_cannot_be_read_costs_no_shard(release, undisturbed, tmp_path, capsys, monkeypatch):
+    """A network's disk that does not answer for once is no wrong input."""
+    out, read = tmp_path / "set", Path.read_bytes
+
+    def stale(path: Path) -> bytes:
+        if path.name == "p33.jpg":  # of a test shard, the last ones to be made
+            raise OSError(116, "Stale file handle")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        assert main(*arguments(release, out, "--workers", "1")) == 2
+    assert capsys.readouterr().err.endswith("p33.jpg: cannot be read (Stale file handle)\n")
+    assert len(list(out.glob("train-*.tar"))) == 10
+    assert main(*arguments(release, out, "--workers", "1")) == 0
+    assert contents(out) == undisturbed
+
+
 def start(release: Path, out: Path, workers: int) -> subprocess.Popen:
     command = [sys.executable, "-c", PROGRAM, *arguments(release, out, "--workers", str(workers))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -175,6 +175,36 @@ def test_anybodys_tars_are_verified(foreign: Path, capsys: pytest.CaptureFixture
     assert "bring its tars back" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["cut between members", "a header"])
+def test_a_damaged_tar_is_not_taken_for_a_shorter_one(
+    damage: str, foreign: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tarfile takes what it cannot read for the end of the tar, without a word."""
+    tar = foreign / "birds-train-000.tar"
+    data = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as whole:
+        at = whole.getmembers()[5].offset
+    if damage == "a header":
+        data[at + 150] ^= 1
+    else:
+        del data[at:]
+    tar.write_bytes(data)
+    assert run("index", foreign) == 2
+    assert f"{tar}: breaks off or is damaged at byte {at:,}" in capsys.readouterr().err
+    assert not list(foreign.rglob("*.parquet"))
+
+
+def test_links_to_other_tars_are_not_believed(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("index", foreign, "--out", out) == 0
+    (out / records.CARD_NAME).unlink()
+    again = shutil.copytree(foreign, tmp_path / "others")
+    assert run("index", again, "--out", out) == 2
+    assert "is another file than" in capsys.readouterr().err
+
+
 def test_labels_places_and_captions_under_other_names(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "a.tar",

@@ -1,6 +1,6 @@
 """The record: what one photograph carries from its source through shards and loader to its prediction.
 
-`shards/` writes records, `xcon.shardset` reads them, and this module is all the two share: the fields and
+`shards/` writes records, `xcon.shardset` reads them, and this module is what they agree on: the fields and
 their units, the members of a tar, the columns of an index, the card of a shard set, the file writes that
 leave either the whole file or none.
 """

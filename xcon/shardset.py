@@ -253,7 +253,10 @@ def from_tar(tar: Path, card: Card, shard: Shard) -> pa.Table:
     template = card.made_by.get("caption")
     captions = [records.caption(template or records.PAPER_CAPTION, info) for info in card.classes]
     class_id = {info.raw_class_id: info.class_id for info in card.classes}
-    return tarindex.table(rows, class_id, captions, own_texts=template is None)
+    own_texts = (
+        template is None or card.made_by.get("source") != "index"
+    )  # a built set has its captions in its tars
+    return tarindex.table(rows, class_id, captions, own_texts=own_texts)
 
 
 def _made_anew(tar: Path, index: Path, card: Card, shard: Shard) -> pa.Table:

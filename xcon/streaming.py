@@ -199,13 +199,17 @@ class _Batches(IterableDataset[Batch]):
     def _batch(self, epoch: int, step: int, flow: Iterator[tuple[int, tarindex.Row, bytes]]) -> Batch:
         each, real = self.order.batch_size // self.share.world_size, self.order.rows(step)
         numbers = {info.raw_class_id: info.class_id for info in self.stream.card.classes}
-        found = []
+        split, found = self.rows.split, []
+        assert isinstance(split, Passing)
         for place in range(self.share.rank * each, (self.share.rank + 1) * each):
             index, row, image = next(flow)
-            split = self.rows.split
-            assert isinstance(split, Passing)
+            if row.label not in numbers:
+                raise ValueError(
+                    f"{self.stream.url}: {row.image_id} has the label {row.label!r}, the card has not"
+                )
             split.hold(index, row, numbers[row.label], image)
             found.append(self.rows[epoch, index, float(place < real)])
+        split.held.clear()  # of records whose photographs nobody asked for
         return loader.collated(found)
 
     def _flow(self, epoch: int, reader: int, readers: int) -> Iterator[tuple[int, tarindex.Row, bytes]]:

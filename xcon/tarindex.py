@@ -98,8 +98,17 @@ def samples(path: Path) -> Iterator[Sample]:
                     {ending: (m.offset_data, m.size) for ending, m in members.items()},
                     {ending: _content(tar, members[ending]) for ending in TEXT_ENDINGS if ending in members},
                 )
+            _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not a whole tar without compression ({error})") from None
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Raises ValueError unless a tar ends where its reader stopped: tarfile takes any damage there for the end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"{path}: breaks off or is damaged at byte {offset:,}; copy or download it again")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
