@@ -192,15 +192,15 @@ def _build(source: Source, console: Console) -> None:
     start = time.monotonic()
     with workspace(source.out, Share(source.task, source.tasks)) as space:
         plan = source.plan(Room(space.work, console, source.workers))
+        _show(build.describe(plan), console)
         built = build.pack(plan, space, console, settings)
     if built is not None:
-        _show(build.describe(plan), console)
         _tell(built, source.out, time.monotonic() - start, console)
 
 
 def _index(command: Index, console: Console) -> None:
     out = command.out or command.folder
-    card, left_out = foreign.index(
+    card, left_out, placed = foreign.index(
         command.folder,
         out,
         console,
@@ -212,18 +212,20 @@ def _index(command: Index, console: Console) -> None:
     for reason, number in left_out.items():
         console.print(f"left out: {number:,} {reason}", markup=False)
     counts = ", ".join(f"{split} {card.samples(split):,}" for split in card.splits)
-    console.print(f"{out}: {counts} records of {len(card.classes):,} classes", markup=False)
+    known = ", ".join(f"{n:,} with a {what}" for what, n in placed.items())
+    console.print(f"{out}: {counts} records of {len(card.classes):,} classes; {known}", markup=False)
 
 
 def _tell(card: Card, out: Path, seconds: float, console: Console) -> None:
     """What was built, and what is wrong with it."""
     shards = [shard for split in card.splits.values() for shard in split]
+    counts = ", ".join(f"{split} {card.samples(split):,}" for split in card.splits)
     if counted := card.made_by["trouble"]:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in counted.items())
         console.print(f"trouble: {kinds}; dropped: {card.made_by['dropped']:,}; see {out / REPORT_NAME}")
     console.print(f"shared with train: {audit.in_short(ShardSet(out))}; xcon-shards audit {out} tells more")
     console.print(
-        f"{out}: {sum(s.samples for s in shards):,} photographs in {len(shards):,} shards, "
+        f"{out}: {sum(s.samples for s in shards):,} photographs ({counts}) in {len(shards):,} shards, "
         f"{sum(s.size for s in shards) / 1e6:,.1f} MB, {seconds:,.1f} s"
     )
 

@@ -75,7 +75,7 @@ class Columns(Observations):
             flag = f"--{role.replace('_', '-')}-column"
             if asked:
                 found[role] = _named(asked, flag, columns, where)
-            elif asked is None and (known := [name for name in KNOWN.get(role, ()) if name in columns]):
+            elif asked is None and (known := _known(role, columns)):
                 if len(known) > 1:
                     raise ValueError(f"{where}: has columns {' and '.join(known)}; {flag} says which is meant")
                 found[role] = known[0]
@@ -170,6 +170,12 @@ def _named(name: str, flag: str, columns: Sequence[str], where: str) -> str:
     if name not in columns:
         raise ValueError(f"{flag} {name}: {where} has no such column, only {', '.join(columns)}")
     return name
+
+
+def _known(role: str, columns: Sequence[str]) -> list[str]:
+    """The columns whose names say what they are, in whatever case."""
+    names = {name.lower() for name in KNOWN.get(role, ())}
+    return [column for column in columns if column.lower() in names]
 
 
 def no_label(columns: Sequence[str], where: str) -> ValueError:

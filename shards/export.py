@@ -73,6 +73,8 @@ def export(
         ValueError: `out` holds something, or the set is damaged.
         OSError: a file cannot be read or written.
     """
+    if card.made_by.get("source") == "index":
+        raise ValueError(f"{folder}: was made by index, of somebody's tars, which are plain WebDataset already")
     form: Form = WebDataset() if to == "webdataset" else Parquet(card)
     counts: Counter[str] = Counter()
     total = sum(card.samples(split) for split in card.splits)

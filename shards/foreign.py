@@ -5,6 +5,7 @@ The tars are not changed. Labels come from the `json` or the `cls` of a sample, 
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from shards.observations import SPLIT_NAMES
 from shards.progress import progress
 from xcon.records import (
     CARD_NAME,
-    PAPER_CAPTION,
+    PLAIN_CAPTION,
     SPLITS,
     Card,
     ClassInfo,
@@ -48,7 +49,7 @@ class Tar:
 
 def index(
     root: Path, out: Path, console: Console, *, pattern: str, split: str | None, keys: Keys, template: str | None
-) -> tuple[Card, Counter[str]]:
+) -> tuple[Card, Counter[str], dict[str, int]]:
     """Reads every tar, writes an index for each and, last, the card.
 
     Args:
@@ -58,10 +59,10 @@ def index(
         pattern: of the tars' names, within `root`.
         split: of all tars; None: as their names say, `train` where they say nothing.
         keys: what the json members call things.
-        template: of captions by class; None: each sample's `txt`, and the paper's sentence where it has none.
+        template: of captions by class; None: each sample's `txt`, and a plain sentence where it has none.
 
     Returns:
-        The card, and what was left out: why -> how often.
+        The card; what was left out: why -> how often; how many records have a place, and how many a date.
 
     Raises:
         ValueError: no tars, one that cannot be read in any order, labels of two kinds, nothing with a label.
@@ -76,7 +77,7 @@ def index(
             raise ValueError(f"{root / twice.name}: a key stands there twice, its members apart from each other")
     labels = number_classes(_of_one_kind(root, {row.label for tar in tars for row in tar.rows}))
     classes = _classes(tars, labels)
-    captions = [caption(template or PAPER_CAPTION, info) for info in classes]
+    captions = [caption(template or PLAIN_CAPTION, info) for info in classes]
     shards: dict[str, list[Shard]] = {}
     for tar in tars:
         target = out / tar.name
@@ -95,7 +96,9 @@ def index(
     }  # fmt: skip
     card = Card(classes, {s: tuple(shards[s]) for s in SPLITS if s in shards}, made_by)
     card.save(out)
-    return card, left_out
+    rows = [row for tar in tars for row in tar.rows]
+    known = {"place": [row.lon for row in rows], "date": [row.date for row in rows]}
+    return card, left_out, {what: sum(not math.isnan(x) for x in values) for what, values in known.items()}
 
 
 def _paths(root: Path, out: Path, pattern: str) -> list[Path]:

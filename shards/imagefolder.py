@@ -11,6 +11,7 @@ agree, a test compares them.
 """
 
 import dataclasses
+import itertools
 import os
 import posixpath
 import unicodedata
@@ -195,10 +196,21 @@ def _not_there(name: str, photographs: Sequence[str]) -> str:
     """The message for a file that a table names and the folder has not."""
     if not name:
         return "names no file"
-    stem = posixpath.splitext(posixpath.basename(name.replace("\\", "/")))[0].lower()
-    alike = [p for p in photographs if posixpath.splitext(posixpath.basename(p))[0].lower() == stem]
-    hint = f"; is it {alike[0]}?" if alike else ", nor a photograph of that name elsewhere in the folder"
-    return f"file {name!r} is not there{hint}"
+    shared = [_shared_end(name, path) for path in photographs]
+    best = max(shared, default=0)
+    if not best:
+        return f"file {name!r} is not there, nor a photograph of that name elsewhere in the folder"
+    alike = [path for path, parts in zip(photographs, shared, strict=True) if parts == best]
+    hint = (
+        f"is it {alike[0]}?" if len(alike) == 1 else f"{len(alike):,} photographs in other folders have its name"
+    )
+    return f"file {name!r} is not there; {hint}"
+
+
+def _shared_end(one: str, other: str) -> int:
+    """How many parts two paths have in common at their ends; case and suffix do not count."""
+    ends = [posixpath.splitext(path.replace("\\", "/"))[0].lower().split("/")[::-1] for path in (one, other)]
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
 
 
 def _splits_by_folder(paths: Sequence[str]) -> dict[str, str]:

@@ -30,6 +30,8 @@ def read_columns(card: Card, folder: Path, names: list[str]) -> pa.Table:
 
 
 def _read_index(path: Path, names: list[str]) -> pa.Table:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: is missing; xcon-shards verify --repair makes it anew from its tar")
     try:
         return pq.read_table(path, columns=names)
     except (pa.ArrowException, OSError) as error:

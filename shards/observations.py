@@ -21,7 +21,7 @@ import numpy as np
 from shards.photographs import Fit, of_file
 from shards.plan import Photograph, Plan, count
 from shards.source import Source
-from xcon.records import ClassInfo, Record, check_place, number_classes, year_fraction
+from xcon.records import PLAIN_CAPTION, ClassInfo, Record, check_place, number_classes, year_fraction
 
 # What people and libraries call a split -> what it is called here.
 SPLIT_NAMES = {
@@ -194,7 +194,7 @@ class Files:
 class Observations(Source):
     """Settings of every source of placed and dated photographs."""
 
-    caption: str = "This is a photograph of {name}"
+    caption: str = PLAIN_CAPTION
     """Pseudo-caption; may name {name}, {species}, {plumage}, {scientific_name}, {family} (the top group)."""
     val_per_class: int = 0
     """Photographs of each class drawn from train for val, by the seed."""

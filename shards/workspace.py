@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from shards.trouble import REPORT_NAME
-from xcon.records import CARD_NAME, SPLITS, atomic_write
+from xcon.records import BUILDING_NAME, CARD_NAME, SPLITS, atomic_write
 
 _STEM = rf"({'|'.join(SPLITS)})-\d{{6}}"
-_MARKER = ".xcon-build"
+_MARKER = BUILDING_NAME
 _CLAIM = ".finish"
 WORK = ".work-{}"
 # A name with more at its end is that of a file that was being written (`atomic_write`).

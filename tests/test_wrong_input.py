@@ -200,12 +200,6 @@ SHARDS = [
         "train-000000.tar: 10000 bytes, the card says",
     ),
     Case(
-        "index missing",
-        "pretrain",
-        lambda w: w.pretrain(shards=w.spoilt(remove("train-000000.index.parquet"))),
-        "train-000000.index.parquet: named by the card but missing",
-    ),
-    Case(
         "index damaged",
         "pretrain",
         lambda w: w.pretrain(

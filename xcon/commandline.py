@@ -31,11 +31,18 @@ def guarded(body: Callable[[], None], program: str) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("XCON_TRACEBACK"):
             raise
-        complain(program, str(error))
+        complain(program, _words(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         complain(program, "interrupted; give the same command again")
         raise SystemExit(130) from None
+
+
+def _words(error: Exception) -> str:
+    """What an error says; of one from the system file and reason, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def complain(program: str, message: str) -> None:

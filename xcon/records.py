@@ -25,10 +25,13 @@ import pyarrow as pa
 
 SPLITS = ("train", "val", "test")
 CARD_NAME = "dataset.json"
+BUILDING_NAME = ".xcon-build"  # stands in a folder while a set is built there
 FORMAT = "xcon-shards/1"
 
 # The paper's sentence, section 3.1, "Text Embedding". Fields: those of `ClassInfo.caption_fields`.
 PAPER_CAPTION = "This is a photograph of a bird called {name}"
+
+PLAIN_CAPTION = "This is a photograph of {name}"  # for whatever else there is
 
 # What Pillow raises on a damaged file, by experience; its DecompressionBombError beside them.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
@@ -304,9 +307,10 @@ class Card:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; xcon-shards build makes a shard set")
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder}: no {CARD_NAME} here, so no whole shard set; xcon-shards build makes one"
-            )
+            how = "xcon-shards build makes one, xcon-shards index one of tars that are there"
+            if (folder / BUILDING_NAME).exists():
+                how = "it is being built, or its build was ended: the same command goes on"
+            raise FileNotFoundError(f"{folder}: no {CARD_NAME} here, so no whole shard set; {how}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
@@ -378,8 +382,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
-        if error.filename not in (None, name):
-            raise  # another file's trouble inside the block
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+        if error.errno is None or error.filename not in (None, name):
+            raise  # another file's trouble inside the block, or one that says itself what it is
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -251,7 +251,7 @@ def from_tar(tar: Path, card: Card, shard: Shard) -> pa.Table:
         tar, keys, prefix=tarindex.prefix_of(shard.file) if card.made_by.get("prefixed") else ""
     )
     template = card.made_by.get("caption")
-    captions = [records.caption(template or records.PAPER_CAPTION, info) for info in card.classes]
+    captions = [records.caption(template or records.PLAIN_CAPTION, info) for info in card.classes]
     class_id = {info.raw_class_id: info.class_id for info in card.classes}
     own_texts = (
         template is None or card.made_by.get("source") != "index"

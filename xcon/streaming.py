@@ -128,7 +128,7 @@ def open_stream(url: str, split: str, caption: str | None = None) -> Stream:
             ) from None
     if not card.splits.get(split):
         raise ValueError(f"{url}: no records in split {split!r}; it has {', '.join(card.splits)}")
-    template = caption or card.made_by.get("caption") or records.PAPER_CAPTION
+    template = caption or card.made_by.get("caption") or records.PLAIN_CAPTION
     captions = tuple(records.caption(template, info) for info in card.classes)
     return Stream(url, card, card.splits[split], captions)
 

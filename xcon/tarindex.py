@@ -92,7 +92,10 @@ def samples(path: Path) -> Iterator[Sample]:
         with tarfile.open(path, mode="r:") as tar:
             named = ((match, member) for member in tar if member.isreg() if (match := NAME.fullmatch(member.name)))
             for key, group in itertools.groupby(named, key=lambda pair: pair[0][1]):
-                members = {match[2].lower(): member for match, member in group}
+                members: dict[str, tarfile.TarInfo] = {}
+                for match, member in group:
+                    if members.setdefault(match[2].lower(), member) is not member:
+                        raise ValueError(f"{path}: {member.name} stands there twice, so keys are no keys")
                 yield Sample(
                     key,
                     {ending: (m.offset_data, m.size) for ending, m in members.items()},
