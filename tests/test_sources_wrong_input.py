@@ -204,7 +204,11 @@ CASES = [
     Case("no such photograph", one("a/1.jpg", "a/9.jpg"), "line 2: file 'a/9.jpg' is not there, nor a photograph"),
     Case("case of a suffix", one("a/1.jpg", "a/1.JPG"), "line 2: file 'a/1.JPG' is not there; is it a/1.jpg?"),
     Case("folder left out", one("a/1.jpg", "2.jpg"), "line 2: file '2.jpg' is not there; is it a/2.jpg?"),
-    Case("outside", one("a/1.jpg", "../../1.jpg"), "line 2: file '../../1.jpg' is not there; is it "),
+    Case(
+        "outside",
+        one("a/1.jpg", "../../1.jpg"),
+        "line 2: file '../../1.jpg' is not there; 2 photographs in other folders",
+    ),
     Case("names no file", one("a/1.jpg", ""), "line 2: names no file"),
     Case(
         "a row twice",
