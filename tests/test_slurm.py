@@ -115,32 +115,54 @@ def test_reproduce_is_an_array_job() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("array", "part"),
-    [
-        ({}, []),
-        (
-            {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"},
-            ["--task", "2", "--tasks", "4"],
-        ),
-    ],
-)
-def test_a_task_of_an_array_builds_its_part(array: dict[str, str], part: list[str], tmp_path: Path) -> None:
-    """`xcon-shards` is a stand-in that shows how it was called."""
+def task(number: int, first: int, last: int, count: int) -> dict[str, str]:
+    """What SLURM tells a task of an array."""
+    values = {"ID": number, "MIN": first, "MAX": last, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
+def build_shards(tmp_path: Path, array: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+    """The job script; `xcon-shards` is a stand-in that shows how it was called."""
     stub = tmp_path / "xcon-shards"
     stub.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
     (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
-    done = subprocess.run(
-        ["bash", "slurm/build_shards.sh", "nabirds", "--root", "a b", "--workers", "9"],
+    return subprocess.run(
+        ["bash", "slurm/build_shards.sh", "nabirds", "--root", "a b", "--workers", "9", *more],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], "XCON_ENV": str(tmp_path / "env"), "SLURM_CPUS_PER_TASK": "4", **array},
         text=True,
         capture_output=True,
-        check=True,
+        check=False,
     )
-    arguments = ["build", "nabirds", "--workers", "4", *part, "--root", "a b", "--workers", "9"]
+
+
+@pytest.mark.parametrize(
+    ("array", "more", "part"),
+    [
+        ({}, (), []),
+        (task(3, 0, 3, 4), (), ["--task", "3", "--tasks", "4"]),
+        (task(3, 3, 3, 1), ("--tasks", "8"), ["--task", "3"]),  # one of eight, submitted again
+    ],
+)
+def test_a_task_of_an_array_builds_its_part(
+    array: dict[str, str], more: tuple[str, ...], part: list[str], tmp_path: Path
+) -> None:
+    done = build_shards(tmp_path, array, *more)
+    assert done.returncode == 0
+    arguments = ["build", "nabirds", "--workers", "4", *part, "--root", "a b", "--workers", "9", *more]
     assert done.stdout.splitlines() == arguments
+
+
+@pytest.mark.parametrize("array", [task(3, 3, 3, 1), task(2, 1, 4, 4), task(4, 0, 6, 4)])
+def test_a_part_of_an_array_says_of_how_many_tasks_it_is_one(array: dict[str, str], tmp_path: Path) -> None:
+    """Else task 3 of 8, submitted again, would be all there is, and remove what the others are writing."""
+    done = build_shards(tmp_path, array)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == "xcon: not all tasks from 0 on; give --tasks N too, the number of tasks of the whole array\n"
+    )
 
 
 def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
