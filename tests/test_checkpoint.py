@@ -190,13 +190,18 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, share: float) 
         training.checkpoints.restore()
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_another_number_of_processes_is_refused_where_each_has_a_piece(tmp_path: Path, in_pieces: bool) -> None:
     training = Training(tmp_path)
+    training.steps(1)
     training.checkpoints.save(Position(1))
     path = tmp_path / "checkpoints" / "step-1" / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 4}))
-    with pytest.raises(ValueError, match="saved by 4 processes, resumed by 1"):
-        training.checkpoints.restore()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 4, "in_pieces": in_pieces}))
+    if in_pieces:
+        with pytest.raises(ValueError, match="saved by 4 processes, resumed by 1, and each has a piece"):
+            training.checkpoints.restore()
+    else:
+        assert training.checkpoints.restore() == Position(1)
 
 
 # ---- the log

@@ -104,14 +104,15 @@ def test_a_single_process_learns(undisturbed: Path):
     assert last < 0.9 * first
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize(("strategy", "then"), [("ddp", "ddp"), ("zero2", "zero2"), ("ddp", "single")])
 def test_two_processes_killed_and_resumed_learn_the_same(
-    strategy: str, undisturbed: Path, tiny_shards: Path, tmp_path: Path
+    strategy: str, then: str, undisturbed: Path, tiny_shards: Path, tmp_path: Path
 ):
+    """Resumed by as many processes or, where each has all of the optimiser, by another number."""
     run = tmp_path / "run"
     kill_after_first_checkpoint(strategy, tiny_shards, run, tmp_path / "log")
     assert max(trajectory(run, "total")) < STEPS
-    finish(strategy, tiny_shards, run)
+    finish(then, tiny_shards, run)
 
     assert processes(run) == PROCESSES[strategy]
     # Adam does not feel a gradient that is wrong by a factor; its norm does. The first epoch shows equality: seen

@@ -221,11 +221,17 @@ def test_another_number_of_processes(
     run = shutil.copytree(undisturbed, folder / "four")
     (run / "model.json").unlink()
     state = run / "checkpoints" / f"step-{STEPS}" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"processes": 4}))
-    assert training.run(pretrain.main, command(tiny_shards, run, "--checkpoint-every", "4")) == 2
+    saved = json.loads(state.read_text())
+    again = command(tiny_shards, run, "--checkpoint-every", "4")
+    state.write_text(json.dumps(saved | {"processes": 4, "in_pieces": True}))
+    assert training.run(pretrain.main, again) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert f"step-{STEPS}: saved by 4 processes, resumed by 1: launch as many as before" in told
+    assert f"step-{STEPS}: saved by 4 processes, resumed by 1, and each has a piece of the optimiser" in told
+    state.write_text(json.dumps(saved | {"processes": 4}))
+    assert training.run(pretrain.main, again) == 0
+    assert f"step-{STEPS}: saved by 4 processes, gone on with by 1" in capsys.readouterr().out
+    check_equal(run, undisturbed)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json"])

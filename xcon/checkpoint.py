@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
 from safetensors import SafetensorError
 from torch import nn
 
@@ -20,6 +21,8 @@ from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
 
 KEPT = 2
+# Strategies whose checkpoints have a piece for each process.
+IN_PIECES = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Checkpoints:
             state = {
                 **dataclasses.asdict(position),
                 "processes": self.accelerator.num_processes,
+                "in_pieces": self._in_pieces,
                 "sizes": {
                     str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()
                 },
@@ -118,16 +122,17 @@ class Checkpoints:
             Where the run stands: at its beginning without a checkpoint.
 
         Raises:
-            ValueError: it was saved by another number of processes, or is damaged.
+            ValueError: it is damaged, or in pieces and saved by another number of processes.
         """
         checkpoints = self.whole()
         if not checkpoints:
             return Position()
         newest = checkpoints[-1]
         state = read_json(newest / "state.json")
-        if state["processes"] != self.accelerator.num_processes:
+        saved, now = state["processes"], self.accelerator.num_processes
+        if saved != now and (state.get("in_pieces") or self._in_pieces):
             raise ValueError(
-                f"{newest}: saved by {state['processes']} processes, resumed by {self.accelerator.num_processes}: "
+                f"{newest}: saved by {saved} processes, resumed by {now}, and each has a piece of the optimiser: "
                 "launch as many as before"
             )
         for name, size in state["sizes"].items():  # Accelerate goes on without random states that it cannot read
@@ -140,8 +145,17 @@ class Checkpoints:
                 raise
             raise ValueError(f"{newest}: damaged ({error}); remove it to resume from the one before") from None
         self.accelerator.wait_for_everyone()
+        if (
+            saved != now
+        ):  # the order of records and what is drawn for each are those of the step; dropout draws anew
+            set_seed(state["step"], device_specific=True)
+            self.accelerator.print(f"{newest}: saved by {saved} processes, gone on with by {now}")
         best = state["best"] and tuple(state["best"])
         return Position(state["step"], best, state["best_step"], state["since_best"])
+
+    @property
+    def _in_pieces(self) -> bool:
+        return self.accelerator.distributed_type in IN_PIECES
 
     def _prune(self) -> None:
         """Removes all but the newest checkpoints, and the weights that none of those names as its best."""
