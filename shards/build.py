@@ -295,9 +295,9 @@ def _finish(
     settings: Settings,
 ) -> Card:
     """Looks at all shards together, and writes report and card."""
-    maker = settings.maker(plan, space.out)
     copies = _same_files(jobs, made, drop="duplicates" in settings.drop)
     if "duplicates" in settings.drop:
+        maker = settings.maker(plan, space.out)
         made |= _make_without(copies, jobs, made, maker, console, settings.workers)
     card = _card(plan, jobs, made, copies, settings)
     trouble.write_report(space.out, [*(t for job in jobs for t in made[job.file].troubles), *copies])

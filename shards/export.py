@@ -6,7 +6,6 @@ of known kinds are there without decoding anything, rows can be chosen, filtered
 them; its own reader of tars would give each record's JSON as it stands, without a label that has names.
 """
 
-import errno
 import itertools
 import json
 import os
@@ -29,6 +28,7 @@ from rich.console import Console
 from shards.build import add_member
 from shards.members import MEMBERS, Stored, sha256, stored
 from shards.progress import progress
+from shards.workspace import full_disk
 from xcon.records import CARD_NAME, Card, Record, Shard, atomic_write, year_fraction
 
 Target = Literal["webdataset", "datasets"]
@@ -125,10 +125,8 @@ def _beside(out: Path) -> Iterator[Path]:
         new.chmod(0o755)
         new.replace(out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                f"--out {out}: {os.strerror(error.errno).lower()}; name a folder on another disk"
-            ) from None
+        if number := full_disk(error):
+            raise OSError(f"--out {out}: {os.strerror(number).lower()}; name a folder on another disk") from None
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)  # gone where it became `out`
