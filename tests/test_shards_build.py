@@ -191,23 +191,29 @@ def test_drop_broken(release, tmp_path, capsys, packed):
     assert main(["verify", str(tmp_path / "set")]) == 0
 
 
-def test_an_interrupted_build_keeps_its_shards_and_is_gone_on_with(release, tmp_path, capsys, monkeypatch):
-    """Ctrl-C at the 20th of 48 photographs, five to a shard: three shards are whole; then 33 are left."""
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C at the 20th photograph; the names of those that were taken."""
     calls = []
 
-    def interrupted(data, name, **settings):
+    def take_or_stop(data, name, **settings):
         calls.append(name)
         if len(calls) == 20:
             raise KeyboardInterrupt
         return take(data, name, **settings)
 
-    monkeypatch.setattr(photographs, "take", interrupted)
+    monkeypatch.setattr(photographs, "take", take_or_stop)
+    return calls
+
+
+def test_an_interrupted_build_keeps_its_shards_and_is_gone_on_with(release, tmp_path, capsys, interrupted):
+    """Ctrl-C at the 20th of 48 photographs, five to a shard: three shards are whole; then 33 are left."""
     arguments = ("--samples-per-shard", "5", "--workers", "1")
     assert build(release, tmp_path / "set", *arguments) == 130
     assert capsys.readouterr().err == "xcon-shards: interrupted; give the same command again\n"
     assert [p.name for p in sorted((tmp_path / "set").glob("*.tar"))] == [f"train-00000{n}.tar" for n in range(3)]
     assert build(release, tmp_path / "set", *arguments) == 0
-    assert len(calls) == 20 + 33
+    assert len(interrupted) == 20 + 33
     assert build(release, tmp_path / "undisturbed", *arguments) == 0
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
 
@@ -238,16 +244,8 @@ def test_what_workers_were_writing_goes_when_they_are_interrupted(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_command_in_a_begun_folder_is_refused_and_harms_nothing(release, tmp_path, capsys, monkeypatch):
-    calls = []
-
-    def interrupted(data, name, **settings):
-        calls.append(name)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return take(data, name, **settings)
-
-    monkeypatch.setattr(photographs, "take", interrupted)
+@pytest.mark.usefixtures("interrupted")
+def test_another_command_in_a_begun_folder_is_refused_and_harms_nothing(release, tmp_path, capsys):
     out = tmp_path / "set"
     assert build(release, out, "--samples-per-shard", "5", "--workers", "1") == 130
     before = contents(out)
