@@ -81,12 +81,19 @@ class Checkpoints:
         return self.folder / f"weights-{step}.safetensors"
 
     def keep_weights(self, wrapped: nn.Module, step: int) -> None:
-        """Keeps the present weights as those of a step; called by all processes."""
+        """Keeps the present weights as those of a step; called by all processes.
+
+        Raises:
+            OSError: they could not be written.
+        """
         weights = self.accelerator.get_state_dict(wrapped)
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             with atomic_write(self.weights(step)) as file:
                 file.write(weights_to_bytes(weights))
             _to_disk(self.folder)
+
+        self._together(lambda: write() if self.accelerator.is_main_process else None)
 
     def save(self, position: Position) -> None:
         """Saves the run where it stands; called by all processes.

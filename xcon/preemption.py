@@ -66,7 +66,7 @@ class Saver:
 
     def stop(self, tracker: Silent, at: Position, signalled: str) -> NoReturn:
         """Says that the run stops where it was saved, and ends the process; called by all processes."""
-        run, again = str(self.checkpoints.run), len(self.received.numbers) - 1
+        run, again = str(self.checkpoints.run), self.received.numbers[1:]
         tracker.write("stop", at.step, {"signal": signalled})
         tracker.close()
         if self.accelerator.is_main_process:
@@ -74,8 +74,9 @@ class Saver:
                 with atomic_write(Path(told)) as file:
                     file.write(f"step {at.step}\n".encode())
             commandline.complain(run, f"stopped at step {at.step} by {signalled}; give the same command again")
-        if again > 0:
-            commandline.complain(run, f"{again} more signals came while it stopped: ignored")
+        if again:
+            names = ", ".join(signal.Signals(number).name for number in again)
+            commandline.complain(run, f"{names} came while it stopped: ignored")
         self.accelerator.wait_for_everyone()  # no launcher ends the others before all is told
         launch.finish(self.accelerator, os.EX_TEMPFAIL)
         raise SystemExit(os.EX_TEMPFAIL)

@@ -28,16 +28,7 @@ from xcon import (
 )
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.config import PretrainConfig
-from xcon.loader import (
-    Batch,
-    ClassCaptions,
-    Records,
-    Share,
-    evaluation_loader,
-    make_loader,
-    present,
-    to_device,
-)
+from xcon.loader import Batch, ClassCaptions, Records, Share, evaluation_loader, make_loader, present, to_device
 from xcon.model import ContrastiveModel, ModelSpec, Tower
 from xcon.objective import Objective, neighbour_top1
 from xcon.preemption import Saver
