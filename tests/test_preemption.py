@@ -283,7 +283,7 @@ def test_stopped_by_every_signal_to_one_and_to_all(
 
 
 def test_signals_at_the_worst_moments(launched: Callable[..., Ended], tiny_shards: Path, folder: Path) -> None:
-    """One run of eight steps, validated after four and eight, disturbed five times; always the second rank alone."""
+    """One run of eight steps, validated after four and eight; always the second rank alone is disturbed."""
     run, reference = folder / "disturbed", folder / "calm"
     command = argv(PRETRAIN, tiny_shards, run, "--epochs", "2")
 

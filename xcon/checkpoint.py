@@ -157,6 +157,8 @@ class Checkpoints:
             return Position()
         newest = checkpoints[-1]
         state = read_json(newest / "state.json")
+        if "sha256" not in state:
+            raise ValueError(f"{newest}: of an earlier xcon; end the run with that one, or begin it again")
         saved, now = state["processes"], self.accelerator.num_processes
         if saved != now and (state["in_pieces"] or self._in_pieces):
             raise ValueError(

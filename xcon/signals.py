@@ -4,8 +4,10 @@ SLURM sends them to every process of a job step at once, a launcher to its own: 
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -35,7 +37,7 @@ class Received:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Lets signals wait; processes that are begun inside never get them, unless they take them up."""
+    """Lets signals wait, also in the processes that are begun inside, until those say otherwise."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -44,17 +46,24 @@ def held() -> Iterator[None]:
 
 
 def end_with_parent(_: int = 0) -> None:
-    """In a DataLoader's worker begun while signals are `held`: ends it when its parent says so, by SIGTERM.
+    """In a DataLoader's worker begun while signals are `held`: its parent alone may end it, by SIGTERM.
 
     A signal to all processes of a job would end the workers, and with them the step that their parent has to
-    finish. Where the parent is killed, torch's workers notice that within seconds.
+    finish. Where the parent is killed, torch's workers notice that within seconds. On a Mac, which does not say
+    who sends a signal, any ends them.
     """
-    parent = os.getppid()
+    if sys.platform != "linux":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # forked by a server, it has not inherited that
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    pid = parent.pid
 
     def listen() -> None:
         while True:
             came = signal.sigwaitinfo(ENDING)
-            if came.si_signo == signal.SIGTERM and came.si_pid == parent:
+            if came.si_signo == signal.SIGTERM and came.si_pid == pid:
                 os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
