@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,13 @@ def settings(run: Path, **changes: object) -> PretrainConfig:
 
 
 # ---- positions
+
+
+def test_training_ends_after_its_steps_or_its_patience() -> None:
+    """With patience 2, two validations without a better result; 0 is patience without end."""
+    at = Position(step=9, best=(0.5,), best_step=3, since_best=2)
+    assert [at.ended(10, patience) for patience in (0, 1, 2, 3)] == [False, True, True, False]
+    assert at.ended(9, 0)
 
 
 def test_positions_by_hand() -> None:
@@ -190,6 +199,79 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, share: float) 
         training.checkpoints.restore()
 
 
+@pytest.mark.parametrize("name", ["step-1/optimizer.bin", "step-1/model.safetensors", "weights-1.safetensors"])
+def test_a_changed_bit_is_found(tmp_path: Path, name: str) -> None:
+    """In the last byte of a tensor, where only its value is wrong; the best weights, too."""
+    training = Training(tmp_path)
+    training.checkpoints.keep_weights(training.model, 1)
+    training.checkpoints.save(Position(1, (0.5,), 1))
+    path = tmp_path / "checkpoints" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"step-1: .*{path.name} is damaged; remove the folder"):
+        training.checkpoints.restore()
+
+
+def test_best_weights_that_are_gone_are_missed_before_training(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.checkpoints.keep_weights(training.model, 1)
+    training.checkpoints.save(Position(1, (0.5,), 1))
+    training.checkpoints.weights(1).unlink()
+    with pytest.raises(ValueError, match=r"step-1: damaged .*weights-1"):
+        training.checkpoints.restore()
+
+
+def test_an_old_checkpoint_goes_after_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every file flushed, and every name given or taken away: what is on disk before which is."""
+    training = Training(tmp_path)
+    training.checkpoints.save(Position(1))
+    training.checkpoints.save(Position(2))
+    done: list[tuple[str, str]] = []
+    flush, rename, remove = os.fsync, Path.replace, shutil.rmtree
+
+    def flushing(handle: int) -> None:
+        flush(handle)
+        done.append(("flush", Path(f"/proc/self/fd/{handle}").readlink().name))
+
+    def renaming(path: Path, target: Path) -> Path:
+        done.append(("name", target.name))
+        return rename(path, target)
+
+    def removing(path: Path, **options: bool) -> None:
+        done.append(("remove", path.name))
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "replace", renaming)
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    training.checkpoints.save(Position(3))
+    named, goes = done.index(("name", "step-3")), done.index(("name", ".step-1.partial"))
+    files = {path.name for path in (tmp_path / "checkpoints" / "step-3").iterdir()} - {"state.json"}
+    flushed = {name for what, name in done[:named] if what == "flush"}
+    assert files | {".step-3.partial"} <= flushed
+    assert any(name.startswith(".state.json") for name in flushed)
+    assert ("flush", "checkpoints") in done[named:goes]
+    assert done[goes:] == [("name", ".step-1.partial"), ("remove", ".step-1.partial")]
+
+
+def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path: Path, accelerator: Accelerator) -> None:
+    """Half a checkpoint, half a removal and half of the best weights go when the run is taken up again."""
+    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+    training = Training(tmp_path)
+    training.checkpoints.save(Position(2))
+    folder = tmp_path / "checkpoints"
+    for name in (".step-4.partial", ".step-1.partial"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    (folder / ".weights-4.safetensors.x1").write_bytes(b"half")
+    assert training.checkpoints.restore() == Position(2)
+    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+    assert [path.name for path in folder.iterdir()] == ["step-2"]
+
+
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_another_number_of_processes_is_refused_where_each_has_a_piece(tmp_path: Path, in_pieces: bool) -> None:
     training = Training(tmp_path)
@@ -233,6 +315,17 @@ def test_a_resumed_log_is_cut_at_its_checkpoint(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
     assert [line["loss"] for line in lines(tmp_path)] == [step / 2 for step in range(1, 9)]
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("event", ["end", "stop"])
+def test_a_resumed_log_does_not_say_that_it_ended(tmp_path: Path, event: str) -> None:
+    """It is that of a run that never stopped."""
+    tracker = tracking.Tracker(tmp_path, step=0, total=10)
+    tracker.write("train", 4, {"loss": 2.0})
+    tracker.write(event, 4, {})
+    tracker.close()
+    write_steps(tmp_path, start=4, steps=range(5, 6))
+    assert [(line["event"], line["step"]) for line in lines(tmp_path)] == [("train", 4), ("train", 5)]
 
 
 def test_a_run_that_begins_again_has_a_new_log(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def work(rank: int, world_size: int, folder: str) -> None:
         "columns": gather.rows(torch.arange(6).view(2, 3).T + 10 * rank),  # not contiguous
         "world_size": gather.world_size(),
         "agreed": gather.agree({"loss": 0.1 + rank, "top1": 1 / (rank + 3)}, torch.device("cpu")),
+        "largest": [gather.largest(10 * (rank == 1)), gather.largest(0), gather.largest(rank)],
         "statistics": statistics(rank),
         "squares": squares(rank, world_size),
     }
@@ -316,6 +317,12 @@ def test_evaluation_has_every_record_once_in_order(found: list[dict]) -> None:
 def test_all_take_the_first_process_s_numbers(found: list[dict]) -> None:
     assert all(result["agreed"] == {"loss": 0.1, "top1": 1 / 3} for result in found)
     assert all(result["statistics"].tolist() == [0.0] for result in found)
+
+
+def test_all_know_the_largest_number(found: list[dict]) -> None:
+    """Of 10 from the second process alone, of none but 0, of the ranks."""
+    assert all(result["largest"] == [10, 0, len(found) - 1] for result in found)
+    assert gather.largest(7) == 7
 
 
 def test_processes_know_their_number(found: list[dict]) -> None:
