@@ -6,13 +6,15 @@ import sys
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, convert_outputs_to_fp32
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import Optimizer
 
 from xcon.config import Precision
+
+IN_PIECES = (DistributedType.DEEPSPEED, DistributedType.FSDP)  # each process has a piece of what is trained
 
 
 def native_precision() -> Precision:
@@ -36,14 +38,15 @@ def resolve_precision(precision: Precision) -> Precision:
     """`auto` as what this process will compute in.
 
     Raises:
-        ValueError: fp16 without a GPU, or under DeepSpeed, which would clip gradients that are still scaled.
+        ValueError: fp16 without a GPU, under DeepSpeed, which would clip gradients that are still scaled, or under
+            FSDP, where it has never been tried.
     """
-    deepspeed = under_deepspeed()
+    in_pieces = under_deepspeed() or under_fsdp()
     if precision == "auto":
         native = native_precision()
-        return "fp32" if native == "fp16" and deepspeed else native
-    if precision == "fp16" and deepspeed:
-        raise ValueError("--precision fp16: not under DeepSpeed; take fp32, or DDP")
+        return "fp32" if native == "fp16" and in_pieces else native
+    if precision == "fp16" and in_pieces:
+        raise ValueError("--precision fp16: not under DeepSpeed or FSDP; take fp32, or DDP")
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16 needs a CUDA device: choose bf16, fp32 or auto")
     return precision
@@ -54,10 +57,15 @@ def under_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
+def under_fsdp() -> bool:
+    """Whether the launcher's configuration names FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def make_accelerator(
     precision: str, *, batch_size: int, clip_norm: float, accumulation_steps: int = 1
 ) -> Accelerator:
-    """The Accelerator for this process, on a GPU or not, under DDP or DeepSpeed.
+    """The Accelerator for this process, on a GPU or not, under DDP, DeepSpeed or FSDP2.
 
     Args:
         precision: bf16, fp16 or fp32.
@@ -68,42 +76,99 @@ def make_accelerator(
     Raises:
         ValueError: the batch does not divide among the processes, or the launcher's settings contradict ours.
     """
-    cuda, deepspeed = torch.cuda.is_available(), under_deepspeed()
+    cuda, deepspeed, fsdp = torch.cuda.is_available(), under_deepspeed(), under_fsdp()
+    if fsdp and not cuda:
+        # Accelerate takes FSDP for a matter of GPUs, and without one leaves it out without a word. All it wants is a
+        # process group, and this name for it.
+        PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
     accelerator = Accelerator(
-        cpu=not cuda and not deepspeed,  # under DeepSpeed, cpu=True would silently mean DDP
+        cpu=not (cuda or deepspeed or fsdp),  # under those, cpu=True would silently mean DDP
         gradient_accumulation_steps=accumulation_steps,
         mixed_precision="no" if precision == "fp32" or deepspeed else precision,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
     )
+    _check_launcher(accelerator, precision, accumulation_steps)
+    if batch_size % (accelerator.num_processes * accumulation_steps):
+        raise ValueError(
+            f"--batch-size {batch_size} is the global batch and does not divide among "
+            f"{accelerator.num_processes} processes x {accumulation_steps} parts"
+        )
+    if deepspeed:
+        rows = batch_size // accelerator.num_processes // accumulation_steps
+        _set_deepspeed(accelerator.state.deepspeed_plugin, precision, rows=rows, clip_norm=clip_norm)
+    if fsdp:
+        _set_fsdp(accelerator.state.fsdp_plugin)
+    return accelerator
+
+
+def _check_launcher(accelerator: Accelerator, precision: str, accumulation_steps: int) -> None:
+    """Raises ValueError where the processes, or the strategy, are not those that the launcher was told of."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ValueError(
             f"{launched} processes were launched and do not meet, each would train alone: use_cpu, --cpu or "
             "ACCELERATE_USE_CPU does that; take accelerate_configs/ddp.yaml"
         )
+    asked = {DistributedType.DEEPSPEED: under_deepspeed(), DistributedType.FSDP: under_fsdp()}
+    for strategy, wanted in asked.items():
+        if wanted and accelerator.distributed_type != strategy:
+            raise ValueError(
+                f"the launcher's configuration asks for {strategy.value}, and Accelerate takes "
+                f"{accelerator.distributed_type.value}: use_cpu, --cpu or ACCELERATE_USE_CPU does that; remove it "
+                "(CUDA_VISIBLE_DEVICES= hides a GPU)"
+            )
+    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if theirs not in {"no", precision}:
+        raise ValueError(
+            f"the launcher's configuration has mixed_precision {theirs}, the settings {precision}: give "
+            f"--precision {theirs}, or set mixed_precision to 'no' there"
+        )
     if accelerator.gradient_accumulation_steps != accumulation_steps:
         raise ValueError(
             f"the launcher's configuration accumulates {accelerator.gradient_accumulation_steps} gradients, the "
             f"settings {accumulation_steps}: remove gradient_accumulation_steps there"
         )
-    if batch_size % (accelerator.num_processes * accumulation_steps):
-        raise ValueError(
-            f"--batch-size {batch_size} is the global batch and does not divide among "
-            f"{accelerator.num_processes} processes x {accumulation_steps} parts"
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = batch_size // accelerator.num_processes // accumulation_steps
-        settings["gradient_clipping"] = clip_norm
-        # DeepSpeed's own bf16 turns the parameters to bf16, which BatchNorm refuses; autocast does not.
-        # Gradients are reduced in float32, as under DDP: no module is "safe" for less.
-        settings["torch_autocast"] = {
-            "enabled": precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }
-        settings["bf16"], settings["fp16"] = {"enabled": False}, {"enabled": False}
-    return accelerator
+
+
+def _set_deepspeed(plugin: Any, precision: str, *, rows: int, clip_norm: float) -> None:
+    """Tells DeepSpeed what is ours to decide; `rows` are those of one process at a time.
+
+    Raises:
+        ValueError: its configuration asks for what cannot be had.
+    """
+    if {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none", None}:
+        raise ValueError("offload_optimizer_device and offload_param_device: not with torch's AdamW; set them to none")
+    if plugin.zero3_init_flag:
+        raise ValueError("zero3_init_flag: the weights are cut in pieces after the model is made; set it to false")
+    settings = plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = rows
+    settings["gradient_clipping"] = clip_norm
+    # ZeRO-3 then gathers the weights, of whatever precision, where they are saved.
+    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    # DeepSpeed's own bf16 turns the parameters to bf16, which BatchNorm refuses; autocast does not.
+    # Gradients are reduced in float32, as under DDP: no module is "safe" for less.
+    settings["torch_autocast"] = {
+        "enabled": precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
+    settings["bf16"], settings["fp16"] = {"enabled": False}, {"enabled": False}
+
+
+def _set_fsdp(plugin: Any) -> None:
+    """Tells FSDP2 what is ours to decide.
+
+    Raises:
+        ValueError: its configuration asks for what cannot be had.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError("fsdp_version 1: take 2, as accelerate_configs/fsdp2.yaml does")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("fsdp_cpu_ram_efficient_loading: not with weights that xcon loads; set it to false")
+    if plugin.activation_checkpointing:
+        raise ValueError("fsdp_activation_checkpointing: not with xcon; set it to false, and take --micro-batch")
+    # Its own would turn parameters and gradients to bf16, which BatchNorm refuses; `prepare` takes autocast.
+    plugin.mixed_precision_policy = None
 
 
 def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
@@ -114,9 +179,13 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         module = convert_sync_batchnorm(module)  # the parameters stay the same objects
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # Its first broadcast reads parameters as flat bytes, which channels_last weights are not.
+    if accelerator.distributed_type in IN_PIECES:
+        # Both read parameters as flat memory, which channels_last weights are not.
         module.to(memory_format=torch.contiguous_format)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # As Accelerate does under DDP, and under FSDP2 does not.
+        in_precision = autocast(accelerator, accelerator.mixed_precision)(module.forward)
+        module.forward = convert_outputs_to_fp32(in_precision)  # type: ignore[method-assign]
     return accelerator.prepare(module, optimizer)
 
 

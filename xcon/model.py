@@ -31,9 +31,9 @@ class Tower(nn.Module):
         self.encoder = encoder
         self.projection = nn.Linear(encoder.width, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *x: Tensor) -> Tensor:
         """Whatever the encoder takes -> `[b, D]`, not of unit length."""
-        return self.projection(self.encoder(x))
+        return self.projection(self.encoder(*x))
 
 
 class ContrastiveModel(nn.Module):
