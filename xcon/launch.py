@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, convert_outputs_to_fp32
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    convert_outputs_to_fp32,
+    parse_flag_from_env,
+)
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from xcon.config import Precision
 
@@ -22,7 +28,7 @@ def native_precision() -> Precision:
 
     By compute capability, since `torch.cuda.is_bf16_supported` is also true where bf16 is emulated.
     """
-    if torch.cuda.is_available():
+    if uses_cuda():
         major, _ = torch.cuda.get_device_capability()
         return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
@@ -47,19 +53,24 @@ def resolve_precision(precision: Precision) -> Precision:
         return "fp32" if native == "fp16" and in_pieces else native
     if precision == "fp16" and in_pieces:
         raise ValueError("--precision fp16: not under DeepSpeed or FSDP; take fp32, or DDP")
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and not uses_cuda():
         raise ValueError("--precision fp16 needs a CUDA device: choose bf16, fp32 or auto")
     return precision
 
 
+def uses_cuda() -> bool:
+    """Whether this process computes on a GPU: there is one, and the launcher was not told to leave it alone."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def under_deepspeed() -> bool:
     """Whether the launcher's configuration names DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 
 def under_fsdp() -> bool:
     """Whether the launcher's configuration names FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def make_accelerator(
@@ -76,10 +87,10 @@ def make_accelerator(
     Raises:
         ValueError: the batch does not divide among the processes, or the launcher's settings contradict ours.
     """
-    cuda, deepspeed, fsdp = torch.cuda.is_available(), under_deepspeed(), under_fsdp()
-    if fsdp and not cuda:
-        # Accelerate takes FSDP for a matter of GPUs, and without one leaves it out without a word. All it wants is a
-        # process group, and this name for it.
+    cuda, deepspeed, fsdp = uses_cuda(), under_deepspeed(), under_fsdp()
+    if fsdp and not torch.cuda.is_available():
+        # Accelerate takes FSDP for a matter of GPUs, and without one leaves it out without a word. All that it
+        # lacks is a process group, and this name for it.
         PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
     accelerator = Accelerator(
         cpu=not (cuda or deepspeed or fsdp),  # under those, cpu=True would silently mean DDP
@@ -109,6 +120,12 @@ def _check_launcher(accelerator: Accelerator, precision: str, accumulation_steps
             f"{launched} processes were launched and do not meet, each would train alone: use_cpu, --cpu or "
             "ACCELERATE_USE_CPU does that; take accelerate_configs/ddp.yaml"
         )
+    told_of_several = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if told_of_several and parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            "the launcher was told of several processes and started one: use_cpu or --cpu does that; take "
+            "accelerate_configs/cpu.yaml, or for several processes ddp.yaml with CUDA_VISIBLE_DEVICES="
+        )
     asked = {DistributedType.DEEPSPEED: under_deepspeed(), DistributedType.FSDP: under_fsdp()}
     for strategy, wanted in asked.items():
         if wanted and accelerator.distributed_type != strategy:
@@ -137,9 +154,14 @@ def _set_deepspeed(plugin: Any, precision: str, *, rows: int, clip_norm: float) 
         ValueError: its configuration asks for what cannot be had.
     """
     if {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none", None}:
-        raise ValueError("offload_optimizer_device and offload_param_device: not with torch's AdamW; set them to none")
+        raise ValueError(
+            "offload_optimizer_device, offload_param_device: not with torch's AdamW; set them to none"
+        )
     if plugin.zero3_init_flag:
         raise ValueError("zero3_init_flag: the weights are cut in pieces after the model is made; set it to false")
+    # Whatever that flag says, Accelerate 1.15 tells Transformers of ZeRO-3, which then cuts the text model in
+    # pieces as it is made, all processes at once; but the first process makes its own before the others.
+    unset_hf_deepspeed_config()
     settings = plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = rows
     settings["gradient_clipping"] = clip_norm
