@@ -45,21 +45,21 @@ def host() -> Iterator[concurrent.futures.Executor]:
 
 
 def run(
-    strategy: str, folder: Path, work: Callable[..., None], *argv: Any, until: tuple[Path, str] | None = None
+    config: str | Path, folder: Path, work: Callable[..., None], *argv: Any, until: tuple[Path, str] | None = None
 ) -> None:
-    """Forks the processes of `accelerate_configs/STRATEGY.yaml` and waits; each calls `work(rank, *argv)`.
+    """Forks the processes of a config and waits; each calls `work(rank, *argv)`.
 
     Args:
-        strategy: the name of a config.
+        config: its file, or its name in `accelerate_configs/`.
         folder: an empty one, where they meet.
         work: found by its name in the host.
         argv: what it is given.
         until: folder and pattern of a file; all processes get a SIGKILL when it is there.
     """
-    if strategy.startswith("zero"):  # imported here once, which takes 15 s; the tests' own process does without
+    environment = launched(config if isinstance(config, Path) else ROOT / "accelerate_configs" / f"{config}.yaml")
+    if "ACCELERATE_USE_DEEPSPEED" in environment:  # here once, which takes 15 s, and not in the tests
         importlib.import_module("deepspeed")
         torch.compile(torch.nn.Identity())  # imports the compiler, as DeepSpeed's optimisers do
-    environment = launched(ROOT / "accelerate_configs" / f"{strategy}.yaml")
     started = torch.multiprocessing.start_processes(
         begin, (environment, folder, work, argv), nprocs=PROCESSES, join=False, start_method="fork"
     )

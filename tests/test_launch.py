@@ -12,14 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests import forked, training
-from xcon import predict
+from xcon import launch, predict
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -43,9 +45,9 @@ pytestmark = pytest.mark.slow
 
 def command(strategy: str, shards: Path, run: Path, *more: str) -> list[str | Path]:
     """The header of the config file says it so; port 0 is a free one."""
-    launch = [BIN / "accelerate", "launch", "--config_file", f"accelerate_configs/{strategy}.yaml"]
+    launcher = [BIN / "accelerate", "launch", "--config_file", f"accelerate_configs/{strategy}.yaml"]
     script = ["xcon/pretrain.py", "demo", "--shards", shards, "--out", run, *SETTINGS]
-    return [*launch, *(more or ("--main_process_port", "0")), *script]
+    return [*launcher, *(more or ("--main_process_port", "0")), *script]
 
 
 def commands(strategy: str, shards: Path, run: Path) -> list[list[str | Path]]:
@@ -216,3 +218,51 @@ def test_a_classifier_killed_and_resumed_learns_the_same(
     assert found == pytest.approx(expected, rel=2e-2)
     check_weights(run, tuned, within=3e-2)
     assert training.run(predict.main, [run, "--shards", tiny_shards, "--split", "val", "--workers", "0"]) == 0
+
+
+# --------------------------------------------------------------------------------------------------------
+# Wrong configs
+
+
+def begin(rank: int, precision: str, folder: Path, setting: dict[str, str]) -> None:
+    """Leaves what an entry script would take, or would say."""
+    os.environ |= setting
+    try:
+        said = launch.make_accelerator(precision, batch_size=16, clip_norm=1.0).distributed_type.value
+    except ValueError as error:
+        said = str(error)
+    (folder / str(rank)).write_text(said)
+
+
+COMPILER = {"CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": "EMPTY"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "setting", "expected"),
+    [
+        ("ddp", {"use_cpu": True}, {}, "MULTI_CPU"),
+        ("ddp", {"mixed_precision": "bf16"}, {}, "has mixed_precision bf16, the settings fp32"),
+        ("zero2", {}, {"ACCELERATE_USE_CPU": "true"}, "asks for DEEPSPEED, and Accelerate takes MULTI_CPU"),
+        ("zero2", {"gradient_accumulation_steps": 4}, {}, "accumulates 4 gradients, the settings 1"),
+        ("zero3", {"offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device, offload_param_device: not"),
+        ("zero3", {"zero3_init_flag": True}, {}, "zero3_init_flag: the weights are cut in pieces after"),
+        ("zero1", {}, COMPILER, "could not compile the operator by which"),
+        ("fsdp2", {}, {"ACCELERATE_USE_CPU": "true"}, "FSDP"),
+        ("fsdp2", {"fsdp_version": 1, "fsdp_reshard_after_forward": "FULL_SHARD"}, {}, "fsdp_version 1: take 2"),
+        ("fsdp2", {"fsdp_cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: not with"),
+        ("fsdp2", {"fsdp_activation_checkpointing": True}, {}, "fsdp_activation_checkpointing: not with"),
+    ],
+)
+def test_a_config_is_followed_or_refused(
+    strategy: str, changes: dict[str, Any], setting: dict[str, str], expected: str, tmp_path: Path,
+    forks: concurrent.futures.Executor,
+) -> None:  # fmt: skip
+    """Never does another strategy train than the one that was asked for; on processors."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{strategy}.yaml").read_text())
+    inner = {"zero": "deepspeed_config", "fsdp": "fsdp_config"}.get(strategy[:4])
+    (config[inner] if inner else config).update(changes)
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
+    setting = {name: str(tmp_path / "empty") if value == "EMPTY" else value for name, value in setting.items()}
+    forks.submit(forked.run, tmp_path / "wrong.yaml", tmp_path, begin, "fp32", tmp_path, setting).result()
+    for rank in range(forked.PROCESSES):
+        assert expected in (tmp_path / str(rank)).read_text()

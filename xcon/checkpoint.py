@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, set_seed
 from safetensors import SafetensorError
 from torch import nn
 
+from xcon import launch
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
@@ -105,6 +106,7 @@ class Checkpoints:
                 **dataclasses.asdict(position),
                 "processes": self.accelerator.num_processes,
                 "in_pieces": self._in_pieces,
+                "strategy": launch.strategy(self.accelerator),
                 "sizes": {
                     str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()
                 },
@@ -134,6 +136,11 @@ class Checkpoints:
             raise ValueError(
                 f"{newest}: saved by {saved} processes, resumed by {now}, and each has a piece of the optimiser: "
                 "launch as many as before"
+            )
+        before, strategy = state.get("strategy"), launch.strategy(self.accelerator)
+        if before != strategy and (state.get("in_pieces") or self._in_pieces):
+            raise ValueError(
+                f"{newest}: saved under {before}, resumed under {strategy}: launch with the config of before"
             )
         for name, size in state["sizes"].items():  # Accelerate goes on without random states that it cannot read
             if not (newest / name).is_file() or (newest / name).stat().st_size != size:

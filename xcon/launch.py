@@ -1,8 +1,10 @@
 """How a process starts: the Accelerator and the precision of its device."""
 
+import contextlib
 import math
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +21,6 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from xcon.config import Precision
-
-IN_PIECES = (DistributedType.DEEPSPEED, DistributedType.FSDP)  # each process has a piece of what is trained
 
 
 def native_precision() -> Precision:
@@ -92,12 +92,13 @@ def make_accelerator(
         # Accelerate takes FSDP for a matter of GPUs, and without one leaves it out without a word. All that it
         # lacks is a process group, and this name for it.
         PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
-    accelerator = Accelerator(
-        cpu=not (cuda or deepspeed or fsdp),  # under those, cpu=True would silently mean DDP
-        gradient_accumulation_steps=accumulation_steps,
-        mixed_precision="no" if precision == "fp32" or deepspeed else precision,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
-    )
+    with _told_of_the_compiler():
+        accelerator = Accelerator(
+            cpu=not (cuda or deepspeed or fsdp),  # under those, cpu=True would silently mean DDP
+            gradient_accumulation_steps=accumulation_steps,
+            mixed_precision="no" if precision == "fp32" or deepspeed else precision,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
+        )
     _check_launcher(accelerator, precision, accumulation_steps)
     if batch_size % (accelerator.num_processes * accumulation_steps):
         raise ValueError(
@@ -110,6 +111,20 @@ def make_accelerator(
     if fsdp:
         _set_fsdp(accelerator.state.fsdp_plugin)
     return accelerator
+
+
+@contextlib.contextmanager
+def _told_of_the_compiler() -> Iterator[None]:
+    """Turns what DeepSpeed says where it cannot compile, as it must for processors, into one ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("Error building extension", "Unable to JIT load")):
+            raise
+        raise ValueError(
+            "DeepSpeed could not compile the operator by which processors exchange numbers: g++ and ninja must be "
+            f"on the PATH, or CXX name a compiler that works ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _check_launcher(accelerator: Accelerator, precision: str, accumulation_steps: int) -> None:
@@ -201,14 +216,20 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         module = convert_sync_batchnorm(module)  # the parameters stay the same objects
-    if accelerator.distributed_type in IN_PIECES:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         # Both read parameters as flat memory, which channels_last weights are not.
         module.to(memory_format=torch.contiguous_format)
     if accelerator.distributed_type == DistributedType.FSDP:
         # As Accelerate does under DDP, and under FSDP2 does not.
         in_precision = autocast(accelerator, accelerator.mixed_precision)(module.forward)
-        module.forward = convert_outputs_to_fp32(in_precision)  # type: ignore[method-assign]
+        module.forward = convert_outputs_to_fp32(in_precision)
     return accelerator.prepare(module, optimizer)
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """What a checkpoint's pieces are cut by."""
+    plugin = accelerator.state.deepspeed_plugin
+    return f"ZeRO-{plugin.zero_stage}" if plugin else accelerator.distributed_type.value
 
 
 def check_whole(accelerator: Accelerator) -> None:
