@@ -1,12 +1,17 @@
 """How a process starts: precision by capability, what DeepSpeed and several GPUs need."""
 
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 
 from tests import training
 from xcon import launch
+from xcon.checkpoint import Checkpoints
 
 
 @pytest.mark.parametrize(
@@ -74,3 +79,13 @@ def test_a_gpu_is_left_alone_where_the_config_says_so(monkeypatch: pytest.Monkey
     assert launch.resolve_precision("auto") == "fp32"
     assert launch.make_accelerator("fp32", batch_size=2, clip_norm=1.0).device.type == "cpu"
     training.fresh_accelerator()
+
+
+def test_pieces_are_resumed_by_the_strategy_that_cut_them(tmp_path: Path) -> None:
+    training.fresh_accelerator()
+    checkpoint = tmp_path / "checkpoints" / "step-5"
+    checkpoint.mkdir(parents=True)
+    state = {"step": 5, "processes": 1, "in_pieces": True, "strategy": "ZeRO-2", "sizes": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="step-5: saved under ZeRO-2, resumed under NO: launch with the config"):
+        Checkpoints(tmp_path, Accelerator(cpu=True)).restore()
