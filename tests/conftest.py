@@ -1,8 +1,11 @@
 """Fixtures of the whole suite."""
 
+import concurrent.futures
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +21,11 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = ["--classes", "6", "--per-class", "24", "--val-per-class", "2"]
     subprocess.run([*command, *size], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[concurrent.futures.Executor]:
+    """A process that has imported everything once: `forks.submit(forked.run, ...)`."""
+    forked = importlib.import_module("tests.forked")  # here, since it takes what most tests do without
+    with forked.host() as executor:
+        yield executor

@@ -1,11 +1,17 @@
 """How a process starts: precision by capability, what DeepSpeed and several GPUs need."""
 
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 
+from tests import training
 from xcon import launch
+from xcon.checkpoint import Checkpoints
 
 
 @pytest.mark.parametrize(
@@ -28,8 +34,9 @@ def test_precision_of_a_processor(monkeypatch: pytest.MonkeyPatch, flag: bool, e
     assert launch.resolve_precision("auto") == expected
 
 
-def test_deepspeed_takes_no_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+@pytest.mark.parametrize("strategy", ["DEEPSPEED", "FSDP"])
+def test_pieces_take_no_fp16(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{strategy}", "true")
     monkeypatch.setattr(launch, "native_precision", lambda: "fp16")
     assert launch.resolve_precision("auto") == "fp32"
     with pytest.raises(ValueError, match="--precision fp16: not under DeepSpeed"):
@@ -50,3 +57,35 @@ def test_processes_that_do_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launch, "Accelerator", lambda **_: type("Alone", (), {"num_processes": 1}))
     with pytest.raises(ValueError, match="2 processes were launched and do not meet"):
         launch.make_accelerator("fp32", batch_size=2, clip_norm=1.0)
+
+
+def test_one_process_in_place_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch --cpu --num_processes 2` does, whatever its config asks for."""
+    training.fresh_accelerator()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="was told of several processes and started one"):
+        launch.make_accelerator("fp32", batch_size=2, clip_norm=1.0)
+
+
+def test_a_gpu_is_left_alone_where_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cpu.yaml` beside a GPU, which is made up: neither its precision is taken nor the device itself."""
+    training.fresh_accelerator()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert launch.resolve_precision("auto") == "fp32"
+    assert launch.make_accelerator("fp32", batch_size=2, clip_norm=1.0).device.type == "cpu"
+    training.fresh_accelerator()
+
+
+def test_pieces_are_resumed_by_the_strategy_that_cut_them(tmp_path: Path) -> None:
+    training.fresh_accelerator()
+    checkpoint = tmp_path / "checkpoints" / "step-5"
+    checkpoint.mkdir(parents=True)
+    state = {"step": 5, "processes": 1, "in_pieces": True, "strategy": "ZeRO-2", "sizes": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="step-5: saved under ZeRO-2, resumed under NO: launch with the config"):
+        Checkpoints(tmp_path, Accelerator(cpu=True)).restore()

@@ -2,28 +2,23 @@
 
 import concurrent.futures
 import importlib
-import multiprocessing
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist  # noqa: TID251 - starts the processes, gather.py uses them
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251 - for FSDP2
-from torch.distributed.fsdp import fully_shard  # noqa: TID251 - FSDP2 itself
-from torch.distributed.tensor import DTensor  # noqa: TID251 - its parameters
+from torch.distributed.tensor import DTensor  # noqa: TID251 - FSDP2's parameters
 
+from tests import forked
 from xcon import gather, gradcache, launch, losses
 from xcon.model import ContrastiveModel, Tower
 
 pytestmark = pytest.mark.slow
 
-PROCESSES, ROWS, NUMBERS, RATE = 2, 8, 5, 0.05
+ROWS, NUMBERS, RATE = 8, 5, 0.05
 LABELS = torch.tensor([0, 0, 1, 2, 0, 1, 0, 3, 0, 0, 1, 4, 0, 2, 2, 1])  # 7, 4, 3, 1 and 1 rows of five classes
 PRESENT = {"image": torch.arange(16) % 7 != 3, "meta": torch.arange(16) % 3 != 1}
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -72,14 +67,7 @@ def inputs(step: int) -> dict[str, Tensor]:
 
 def work(rank: int, strategy: str, folder: Path) -> None:
     """What one process does; it leaves what it found in a file."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES)}
-    if strategy.startswith("zero"):
-        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": strategy[-1]}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
     torch.save(train(strategy, rank), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def train(strategy: str, rank: int) -> dict[str, Any]:
@@ -106,7 +94,7 @@ def train(strategy: str, rank: int) -> dict[str, Any]:
 def share(rank: int, step: int) -> tuple[dict[str, Tensor], gradcache.Loss]:
     """This process's part of a step's inputs, and the loss of its vectors."""
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
-    captions = torch.arange(-1, 5)[rank::PROCESSES]  # -1, which no row has, 1 and 3; or 0, 2 and 4
+    captions = torch.arange(-1, 5)[rank :: forked.PROCESSES]  # -1, which no row has, 1 and 3; or 0, 2 and 4
     given, present = inputs(step), {m: mask[mine] for m, mask in PRESENT.items()}
 
     def loss(embeddings: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
@@ -118,12 +106,6 @@ def share(rank: int, step: int) -> tuple[dict[str, Tensor], gradcache.Loss]:
 
 def prepared(strategy: str, accelerator: Accelerator, module: ContrastiveModel) -> tuple[nn.Module, Any]:
     """The wrapped model and its optimiser, plain SGD."""
-    if strategy == "fsdp2":  # by torch itself: on a processor Accelerate leaves it out without a word
-        mesh = init_device_mesh("cpu", (PROCESSES,))
-        for tower in module.towers.values():
-            fully_shard(tower, mesh=mesh)
-        type(accelerator).is_fsdp2 = True  # what it says where it has done so: parts then keep gradients local
-        return fully_shard(module, mesh=mesh), torch.optim.SGD(module.parameters(), lr=RATE)
     if strategy == "zero3":  # parameters as few as ours would be whole everywhere
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
@@ -146,28 +128,6 @@ def whole(strategy: str, module: nn.Module) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def start(strategy: str, folder: Path) -> None:
-    """Forks the processes of a strategy, and waits for them."""
-    if strategy.startswith("zero"):  # imported here once, which takes 15 s; the tests' own process does without
-        importlib.import_module("deepspeed")
-        torch.compile(nn.Identity())  # imports the compiler, as DeepSpeed's optimisers do
-    torch.multiprocessing.start_processes(work, (strategy, folder), nprocs=PROCESSES, start_method="fork")
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[concurrent.futures.Executor]:
-    """A process that has imported everything once, and forks those of each strategy."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-            patch.delenv(name)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))  # ninja
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as executor:
-            yield executor
-
-
 @pytest.fixture(scope="module", params=STRATEGIES)
 def strategy(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -175,12 +135,12 @@ def strategy(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def found(
-    strategy: str, host: concurrent.futures.Executor, tmp_path_factory: pytest.TempPathFactory
+    strategy: str, forks: concurrent.futures.Executor, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict]:
     """What each of the processes found."""
     folder = tmp_path_factory.mktemp(strategy)
-    host.submit(start, strategy, folder).result()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    forks.submit(forked.run, strategy, folder, work, strategy, folder).result()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(forked.PROCESSES)]
 
 
 # --------------------------------------------------------------------------------------------------------

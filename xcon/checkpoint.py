@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from xcon import launch
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
@@ -134,6 +135,7 @@ class Checkpoints:
             **dataclasses.asdict(position),
             "processes": self.accelerator.num_processes,
             "in_pieces": self._in_pieces,
+            "strategy": launch.strategy(self.accelerator),
             "sha256": hashes,
         }
         with atomic_write(partial / "state.json") as file:
@@ -157,17 +159,11 @@ class Checkpoints:
             return Position()
         newest = checkpoints[-1]
         state = read_json(newest / "state.json")
-        if "sha256" not in state:
-            raise ValueError(f"{newest}: of an earlier xcon; end the run with that one, or begin it again")
-        saved, now = state["processes"], self.accelerator.num_processes
-        if saved != now and (state["in_pieces"] or self._in_pieces):
-            raise ValueError(
-                f"{newest}: saved by {saved} processes, resumed by {now}, and each has a piece of the optimiser: "
-                "launch as many as before"
-            )
+        self._check_resumable(newest, state)
         self._check(newest, state["sha256"])
         self.accelerator.load_state(str(newest))
         self.accelerator.wait_for_everyone()
+        saved, now = state["processes"], self.accelerator.num_processes
         if (
             saved != now
         ):  # the order of records and what is drawn for each are those of the step; dropout draws anew
@@ -175,6 +171,24 @@ class Checkpoints:
             self.accelerator.print(f"{newest}: saved by {saved} processes, gone on with by {now}")
         best = state["best"] and tuple(state["best"])
         return Position(state["step"], best, state["best_step"], state["since_best"])
+
+    def _check_resumable(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where this launch cannot take the checkpoint up."""
+        if "sha256" not in state:
+            raise ValueError(f"{checkpoint}: of an earlier xcon; end the run with that one, or begin it again")
+        if not (state["in_pieces"] or self._in_pieces):
+            return
+        saved, now = state["processes"], self.accelerator.num_processes
+        if saved != now:
+            raise ValueError(
+                f"{checkpoint}: saved by {saved} processes, resumed by {now}, and each has a piece of the "
+                "optimiser: launch as many as before"
+            )
+        before, strategy = state["strategy"], launch.strategy(self.accelerator)
+        if before != strategy:
+            raise ValueError(
+                f"{checkpoint}: saved under {before}, resumed under {strategy}: launch with the config of before"
+            )
 
     def _check(self, checkpoint: Path, hashes: Mapping[str, str]) -> None:
         """Raises ValueError, on all processes, unless every file is what was saved."""

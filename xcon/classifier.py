@@ -158,10 +158,9 @@ class Channels(Classifier):
     def trained(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`joint`: the scores of photographs with their places."""
         tower, photos, places = self.towers["image"], embeddings["image"], embeddings["meta"]
-        assert isinstance(tower, Tower)
         together = len(photos) if self.training else TOGETHER
         parts = zip(photos.split(together), places.split(together), strict=True)
-        vectors = [tower.projection(tower.encoder(*part)) for part in parts]  # [b, D] in parts
+        vectors = [tower(*part) for part in parts]  # [b, D] in parts
         return {"joint": self.head(torch.cat(vectors))}
 
 

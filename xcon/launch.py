@@ -1,16 +1,24 @@
 """How a process starts: the Accelerator and the precision of its device."""
 
+import contextlib
 import math
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    convert_outputs_to_fp32,
+    parse_flag_from_env,
+)
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import Optimizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from xcon.config import Precision
 
@@ -20,7 +28,7 @@ def native_precision() -> Precision:
 
     By compute capability, since `torch.cuda.is_bf16_supported` is also true where bf16 is emulated.
     """
-    if torch.cuda.is_available():
+    if uses_cuda():
         major, _ = torch.cuda.get_device_capability()
         return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
@@ -36,28 +44,39 @@ def resolve_precision(precision: Precision) -> Precision:
     """`auto` as what this process will compute in.
 
     Raises:
-        ValueError: fp16 without a GPU, or under DeepSpeed, which would clip gradients that are still scaled.
+        ValueError: fp16 without a GPU, under DeepSpeed, which would clip gradients that are still scaled, or under
+            FSDP, where it has never been tried.
     """
-    deepspeed = under_deepspeed()
+    in_pieces = under_deepspeed() or under_fsdp()
     if precision == "auto":
         native = native_precision()
-        return "fp32" if native == "fp16" and deepspeed else native
-    if precision == "fp16" and deepspeed:
-        raise ValueError("--precision fp16: not under DeepSpeed; take fp32, or DDP")
-    if precision == "fp16" and not torch.cuda.is_available():
+        return "fp32" if native == "fp16" and in_pieces else native
+    if precision == "fp16" and in_pieces:
+        raise ValueError("--precision fp16: not under DeepSpeed or FSDP; take fp32, or DDP")
+    if precision == "fp16" and not uses_cuda():
         raise ValueError("--precision fp16 needs a CUDA device: choose bf16, fp32 or auto")
     return precision
 
 
+def uses_cuda() -> bool:
+    """Whether this process computes on a GPU: there is one, and the launcher was not told to leave it alone."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def under_deepspeed() -> bool:
     """Whether the launcher's configuration names DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+def under_fsdp() -> bool:
+    """Whether the launcher's configuration names FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def make_accelerator(
     precision: str, *, batch_size: int, clip_norm: float, accumulation_steps: int = 1
 ) -> Accelerator:
-    """The Accelerator for this process, on a GPU or not, under DDP or DeepSpeed.
+    """The Accelerator for this process, on a GPU or not, under DDP, DeepSpeed or FSDP2.
 
     Args:
         precision: bf16, fp16 or fp32.
@@ -68,42 +87,125 @@ def make_accelerator(
     Raises:
         ValueError: the batch does not divide among the processes, or the launcher's settings contradict ours.
     """
-    cuda, deepspeed = torch.cuda.is_available(), under_deepspeed()
-    accelerator = Accelerator(
-        cpu=not cuda and not deepspeed,  # under DeepSpeed, cpu=True would silently mean DDP
-        gradient_accumulation_steps=accumulation_steps,
-        mixed_precision="no" if precision == "fp32" or deepspeed else precision,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
-    )
+    cuda, deepspeed, fsdp = uses_cuda(), under_deepspeed(), under_fsdp()
+    if fsdp and not torch.cuda.is_available():
+        # Accelerate takes FSDP for a matter of GPUs, and without one leaves it out without a word. All that it
+        # lacks is a process group, and this name for it.
+        PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
+    with _told_of_the_compiler():
+        accelerator = Accelerator(
+            cpu=not (cuda or deepspeed or fsdp),  # under those, cpu=True would silently mean DDP
+            gradient_accumulation_steps=accumulation_steps,
+            mixed_precision="no" if precision == "fp32" or deepspeed else precision,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed and not cuda else [],
+        )
+    _check_launcher(accelerator, precision, accumulation_steps)
+    if batch_size % (accelerator.num_processes * accumulation_steps):
+        raise ValueError(
+            f"--batch-size {batch_size} is the global batch and does not divide among "
+            f"{accelerator.num_processes} processes x {accumulation_steps} parts"
+        )
+    if deepspeed:
+        rows = batch_size // accelerator.num_processes // accumulation_steps
+        _set_deepspeed(accelerator.state.deepspeed_plugin, precision, rows=rows, clip_norm=clip_norm)
+    if fsdp:
+        _set_fsdp(accelerator.state.fsdp_plugin)
+    return accelerator
+
+
+@contextlib.contextmanager
+def _told_of_the_compiler() -> Iterator[None]:
+    """Turns what DeepSpeed says where it cannot compile, as it must for processors, into one ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("Error building extension", "Unable to JIT load")):
+            raise
+        raise ValueError(
+            "DeepSpeed could not compile the operator by which processors exchange numbers: g++ and ninja must be "
+            f"on the PATH, or CXX name a compiler that works ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _check_launcher(accelerator: Accelerator, precision: str, accumulation_steps: int) -> None:
+    """Raises ValueError where the processes, or the strategy, are not those that the launcher was told of."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ValueError(
             f"{launched} processes were launched and do not meet, each would train alone: use_cpu, --cpu or "
             "ACCELERATE_USE_CPU does that; take accelerate_configs/ddp.yaml"
         )
+    told_of_several = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if told_of_several and parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            "the launcher was told of several processes and started one: use_cpu or --cpu does that; take "
+            "accelerate_configs/cpu.yaml, or for several processes ddp.yaml with CUDA_VISIBLE_DEVICES="
+        )
+    asked = {DistributedType.DEEPSPEED: under_deepspeed(), DistributedType.FSDP: under_fsdp()}
+    for strategy, wanted in asked.items():
+        if wanted and accelerator.distributed_type != strategy:
+            raise ValueError(
+                f"the launcher's configuration asks for {strategy.value}, and Accelerate takes "
+                f"{accelerator.distributed_type.value}: use_cpu, --cpu or ACCELERATE_USE_CPU does that; remove it "
+                "(CUDA_VISIBLE_DEVICES= hides a GPU)"
+            )
+    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if theirs not in {"no", precision}:
+        raise ValueError(
+            f"the launcher's configuration has mixed_precision {theirs}, the settings {precision}: give "
+            f"--precision {theirs}, or set mixed_precision to 'no' there"
+        )
     if accelerator.gradient_accumulation_steps != accumulation_steps:
         raise ValueError(
             f"the launcher's configuration accumulates {accelerator.gradient_accumulation_steps} gradients, the "
             f"settings {accumulation_steps}: remove gradient_accumulation_steps there"
         )
-    if batch_size % (accelerator.num_processes * accumulation_steps):
+
+
+def _set_deepspeed(plugin: Any, precision: str, *, rows: int, clip_norm: float) -> None:
+    """Tells DeepSpeed what is ours to decide; `rows` are those of one process at a time.
+
+    Raises:
+        ValueError: its configuration asks for what cannot be had.
+    """
+    if {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none", None}:
         raise ValueError(
-            f"--batch-size {batch_size} is the global batch and does not divide among "
-            f"{accelerator.num_processes} processes x {accumulation_steps} parts"
+            "offload_optimizer_device, offload_param_device: not with torch's AdamW; set them to none"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = batch_size // accelerator.num_processes // accumulation_steps
-        settings["gradient_clipping"] = clip_norm
-        # DeepSpeed's own bf16 turns the parameters to bf16, which BatchNorm refuses; autocast does not.
-        # Gradients are reduced in float32, as under DDP: no module is "safe" for less.
-        settings["torch_autocast"] = {
-            "enabled": precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }
-        settings["bf16"], settings["fp16"] = {"enabled": False}, {"enabled": False}
-    return accelerator
+    if plugin.zero3_init_flag:
+        raise ValueError("zero3_init_flag: the weights are cut in pieces after the model is made; set it to false")
+    # Whatever that flag says, Accelerate 1.15 tells Transformers of ZeRO-3, which then cuts the text model in
+    # pieces as it is made, all processes at once; but the first process makes its own before the others.
+    unset_hf_deepspeed_config()
+    settings = plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = rows
+    settings["gradient_clipping"] = clip_norm
+    # ZeRO-3 then gathers the weights, of whatever precision, where they are saved.
+    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    # DeepSpeed's own bf16 turns the parameters to bf16, which BatchNorm refuses; autocast does not.
+    # Gradients are reduced in float32, as under DDP: no module is "safe" for less.
+    settings["torch_autocast"] = {
+        "enabled": precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
+    settings["bf16"], settings["fp16"] = {"enabled": False}, {"enabled": False}
+
+
+def _set_fsdp(plugin: Any) -> None:
+    """Tells FSDP2 what is ours to decide.
+
+    Raises:
+        ValueError: its configuration asks for what cannot be had.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError("fsdp_version 1: take 2, as accelerate_configs/fsdp2.yaml does")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("fsdp_cpu_ram_efficient_loading: not with weights that xcon loads; set it to false")
+    if plugin.activation_checkpointing:
+        raise ValueError("fsdp_activation_checkpointing: not with xcon; set it to false, and take --micro-batch")
+    # Its own would turn parameters and gradients to bf16, which BatchNorm refuses; `prepare` takes autocast.
+    plugin.mixed_precision_policy = None
 
 
 def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
@@ -114,10 +216,20 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         module = convert_sync_batchnorm(module)  # the parameters stay the same objects
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # Its first broadcast reads parameters as flat bytes, which channels_last weights are not.
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        # Both read parameters as flat memory, which channels_last weights are not.
         module.to(memory_format=torch.contiguous_format)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # As Accelerate does under DDP, and under FSDP2 does not.
+        in_precision = autocast(accelerator, accelerator.mixed_precision)(module.forward)
+        module.forward = convert_outputs_to_fp32(in_precision)
     return accelerator.prepare(module, optimizer)
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """What a checkpoint's pieces are cut by."""
+    plugin = accelerator.state.deepspeed_plugin
+    return f"ZeRO-{plugin.zero_stage}" if plugin else accelerator.distributed_type.value
 
 
 def check_whole(accelerator: Accelerator) -> None:

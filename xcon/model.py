@@ -31,9 +31,9 @@ class Tower(nn.Module):
         self.encoder = encoder
         self.projection = nn.Linear(encoder.width, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *x: Tensor) -> Tensor:
         """Whatever the encoder takes -> `[b, D]`, not of unit length."""
-        return self.projection(self.encoder(x))
+        return self.projection(self.encoder(*x))
 
 
 class ContrastiveModel(nn.Module):
@@ -70,7 +70,7 @@ class ContrastiveModel(nn.Module):
     def scale(self) -> Tensor:
         """1 / temperature, at most `max_scale`; beyond the bound the gradient still passes, to lead back."""
         excess = functional.relu(self.log_scale - self.max_log_scale).detach()
-        return (self.log_scale - excess).exp()[0]
+        return (self.log_scale - excess).exp().sum()  # of one: `[0]` would be a view, of which FSDP2 warns
 
 
 def unit(vectors: Tensor) -> Tensor:
