@@ -36,6 +36,6 @@ if [[ $1 == *.py ]]; then
   fi
 fi
 
-echo "xcon: node $((SLURM_NODEID + 1)) of $nodes ($(hostname)), ${launcher:+$processes process(es), $config, }" \
+echo "xcon: node $((SLURM_NODEID + 1)) of $nodes ($(hostname)), ${launcher:+$processes process(es), $config,}" \
   "$OMP_NUM_THREADS thread(s), $workers worker(s), restart ${SLURM_RESTART_COUNT:-0}"
 become "${launcher[@]}" "$@"

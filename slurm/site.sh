@@ -48,6 +48,7 @@ if [ -n "$scratch" ]; then
   export SINGULARITY_CACHEDIR=${SINGULARITY_CACHEDIR:-$APPTAINER_CACHEDIR}
 fi
 
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout, whatever version an image has installed
 export PYTHONSAFEPATH=1 # keeps xcon/ itself off sys.path, where its modules could shadow others
 export PYTHONUNBUFFERED=1
 if [ -n "${SLURM_JOB_ID:-}" ]; then

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,9 +23,11 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.logs = folder / "logs"
         self.logs.mkdir()
+        self.local = folder / "cluster" / "local"  # each node's own disk
         self.settings = {
             "MINISLURM_DIR": str(folder / "cluster"),
             "XCON_ENV": str(BIN / "activate"),
+            "XCON_JOBS": str(folder / "jobs"),
             "SCRATCH": str(folder / "scratch"),
         }
 
@@ -43,19 +46,35 @@ class Cluster:
 
     def submit(self, *arguments: str, **settings: str) -> str:
         """Submits with what a small machine can give; returns the job's id."""
-        options = ["--parsable", "--mem=4G", "--cpus-per-task=1", f"--output={self.logs}/%j.out"]
+        options = ["--parsable", "--mem=1G", "--cpus-per-task=1", f"--output={self.logs}/%j.out"]
         return self.run("exec", "sbatch", *options, *arguments, **settings).strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """What SLURM knows of a job."""
+        fields = self.run("exec", "scontrol", "show", "job", "--oneliner", job).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, job: str, seconds: float = 240) -> str:
         """Returns the state in which the job ended (`sbatch --wait` polls too seldom)."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            fields = self.run("exec", "scontrol", "show", "job", "--oneliner", job).split()
-            state = dict(field.split("=", 1) for field in fields if "=" in field)["JobState"]
+            state = self.show(job)["JobState"]
             if state in ENDED:
                 return state
             time.sleep(0.5)
         return f"still {state} after {seconds} s"
+
+    def until(self, job: str, text: str, seconds: float = 240) -> None:
+        """Waits until the log of a job has a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log(job):
+            assert time.monotonic() < deadline, f"no {text!r} in {self.log(job)}"
+            time.sleep(0.1)
+
+    def local_files(self, node: str) -> list[str]:
+        """The files on the own disk of a node."""
+        found = self.run("exec", "srun", f"--nodelist={node}", "find", str(self.local), "-type", "f")
+        return [Path(file).name for file in found.splitlines()]
 
     def log(self, job: str) -> str:
         file = self.logs / f"{job}.out"
@@ -87,7 +106,7 @@ def test_scripts_pass_shellcheck():
     assert done.stdout + done.stderr == ""
 
 
-@pytest.mark.parametrize("script", ["build_shards", "pretrain", "finetune", "reproduce"])
+@pytest.mark.parametrize("script", ["build_shards", "pretrain", "finetune", "evaluate", "reproduce"])
 def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Path):
     done = subprocess.run(
         ["bash", ROOT / f"slurm/{script}.sh", "demo"],
@@ -98,21 +117,6 @@ def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Pat
     )
     assert done.returncode == 2
     assert "submit from the top of the repository" in done.stderr
-
-
-def test_reproduce_is_an_array_job() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
-    done = subprocess.run(
-        ["bash", "slurm/reproduce.sh", "--size", "laptop", "--shards", "none", "--out", "none"],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("no task of an array: sbatch --array=0-20 slurm/reproduce.sh ")
-    assert done.stderr.count("\n") == 1
 
 
 def task(number: int, first: int, last: int, count: int) -> dict[str, str]:
@@ -236,9 +240,192 @@ def test_every_node_starts_its_launcher(cluster: Cluster, tmp_path: Path, layout
             *(layout.threads, layout.devices),
             *("launch", "--config_file", "accelerate_configs/ddp.yaml"),
             *("--num_machines", str(layout.nodes), "--num_processes", str(layout.processes)),
-            *("--machine_rank", str(rank), *meet, "--main_process_port", str(10000 + int(job))),
+            *("--machine_rank", str(rank), "--main_process_port", str(10000 + int(job)), *meet),
             *("xcon/pretrain.py", *arguments, *layout.workers),
         ]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Stopped jobs, with a stand-in for the trainer
+
+# Ends well in its last run; in those before it waits for a signal, unless it stops by itself, saves and says so.
+STAND_IN = """#!{python}
+import os, signal, sys, time
+from pathlib import Path
+
+heard = []
+for one in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(one, lambda number, frame: heard.append(signal.Signals(number).name))
+(what,) = {{"waits", "stops", "fails"}} & set(sys.argv)
+restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+print("running", what, flush=True)
+if what == "fails":
+    sys.exit(3)
+while what == "waits" and restart == 0 and not heard:
+    time.sleep(0.02)
+if what == "waits" and restart == 0 or what == "stops":
+    time.sleep(1)  # more may come while it saves
+    print("heard", *heard, flush=True)
+    if os.environ["SLURM_NODEID"] == "0":
+        Path(os.environ["XCON_STOPPED"]).write_text("step 5\\n")
+    sys.exit(75)
+"""
+
+
+@pytest.mark.slurm
+def test_stopped_jobs_come_back_where_that_leads_somewhere(cluster: Cluster, tmp_path: Path):
+    for name in ("accelerate", "xcon"):
+        (tmp_path / name).write_text(STAND_IN.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
+
+    def submit(what: str, script: str = "pretrain", *options: str, **settings: str) -> str:
+        settings["XCON_ENV"] = str(tmp_path / "env")
+        more = ["--nodes=2"] if script == "pretrain" else []
+        return cluster.submit(*more, *options, f"slurm/{script}.sh", what, **settings)
+
+    told, cancelled, failed = submit("waits"), submit("waits"), submit("fails")
+    restless = submit("stops", XCON_MAX_IDLE="2")
+    bounded = submit("stops", XCON_MAX_RESTARTS="0")
+    array = submit("waits", "reproduce", "--array=0-1", f"--output={cluster.logs}/%A_%a.out")
+    for job, tasks in ((told, 2), (cancelled, 2), (f"{array}_0", 1), (f"{array}_1", 1)):
+        deadline = time.monotonic() + 30
+        while cluster.log(job).count("running") < tasks:
+            assert time.monotonic() < deadline, cluster.log(job)
+            time.sleep(0.1)
+    cluster.run("exec", "scancel", "--signal=USR1", told)
+    cluster.run("exec", "scancel", cancelled)
+    # The job id of an array's last task is the number of the array: no other task may come back with it.
+    cluster.run("exec", "scancel", "--signal=USR1", f"{array}_1")
+
+    again = "xcon: stopped at step 5; back into the queue, restart 1 of at most 50"
+    for job in (told, f"{array}_1"):
+        assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+        assert cluster.show(job)["Restarts"] == "1"
+        assert cluster.log(job).count("heard SIGUSR1") == (2 if job == told else 1)
+        assert again in cluster.log(job)
+    assert cluster.show(f"{array}_0")["JobState"] == "RUNNING"
+    cluster.run("exec", "scancel", f"{array}_0")
+
+    assert cluster.wait(cancelled) == "CANCELLED"
+    assert "heard SIGTERM" in cluster.log(cancelled)  # it saved, and said so
+    assert cluster.wait(failed) == "FAILED"
+    assert cluster.show(failed)["ExitCode"] == "3:0"
+    assert cluster.wait(bounded) == "FAILED"
+    assert "xcon: stopped at step 5; given up after 0 restarts (XCON_MAX_RESTARTS)\n" in cluster.log(bounded)
+    assert cluster.wait(restless) == "FAILED"
+    assert "xcon: stopped at step 5, 2 times in a row; given up (XCON_MAX_IDLE)\n" in cluster.log(restless)
+    assert cluster.show(restless)["Restarts"] == "1"
+    for job in (cancelled, failed, bounded, f"{array}_0"):
+        assert cluster.show(job)["Restarts"] == "0"
+        assert "back into the queue" not in cluster.log(job)
+    assert not list(Path(cluster.settings["XCON_JOBS"]).iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------
+# Shards on the node's own disk
+
+
+def staging(code: str, *arguments: str | Path, disk: Path) -> list[str]:
+    """Lines that a piece of a job script prints."""
+    done = subprocess.run(
+        ["bash", "-euc", f"source slurm/stage.sh; {code}", "job", *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def shard_set(tmp_path: Path) -> Path:
+    """A folder that looks like one: two megabytes, and a card."""
+    folder = tmp_path / "shard set"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"train-{number}.tar").write_bytes(bytes([number]) * 2**20)
+    (folder / "dataset.json").write_text("{}")
+    return folder
+
+
+def test_a_copy_is_whole_and_made_once(shard_set: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    code = 'stage "$1"; echo "$copy"'
+    said, copy = staging(code, shard_set, disk=disk)
+    assert said.endswith(f": copied {shard_set}, 2 MB, to {copy}")
+    whole = {file.name: file.read_bytes() for file in shard_set.iterdir()}
+    assert {file.name: file.read_bytes() for file in Path(copy).iterdir()} == whole
+    assert staging(code, shard_set, disk=disk) == [copy]
+
+    with (Path(copy) / "train-1.tar").open("r+b") as file:  # a node that went down before all was on its disk
+        file.truncate(1000)
+    Path(f"{copy}.part").mkdir()
+    assert staging(code, shard_set, disk=disk) == [said, copy]
+    assert {file.name: file.read_bytes() for file in Path(copy).iterdir()} == whole
+    assert sorted(file.name for file in Path(copy).parent.iterdir()) == [
+        Path(copy).name,
+        f"{Path(copy).name}.lock",
+    ]
+
+    (shard_set / "dataset.json").write_text("{ }")  # another set in its place
+    assert staging(code, shard_set, disk=disk)[-1] != copy
+
+
+def test_jobs_of_a_node_share_a_copy_and_the_last_removes_it(shard_set: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    job = ["bash", "-euc", 'source slurm/stage.sh; stage "$1"; echo "$copy"; exec sleep 60', "job", shard_set]
+    settings = {"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)}
+    jobs = [subprocess.Popen(job, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        first = [process.stdout.readline() for process in jobs if process.stdout]
+        assert sum(": copied " in line for line in first) == 1
+        copy = Path(next(line for line in first if ": copied " not in line).strip())
+        removal = 'remove "$1"'
+        staging(removal, shard_set, disk=disk)
+        assert copy.is_dir()
+        jobs[0].kill()
+        jobs[0].wait()
+        staging(removal, shard_set, disk=disk)
+        assert copy.is_dir()
+    finally:
+        for process in jobs:
+            process.kill()
+            process.communicate()
+    staging(removal, shard_set, disk=disk)
+    assert not copy.exists()
+
+
+def test_without_room_or_card_nothing_is_copied(shard_set: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    code = 'stage "$1"; echo "[$copy]"'
+    with (shard_set / "train-1.tar").open("r+b") as file:
+        file.truncate(8 * 2**40)  # a sparse file: 8 TB by its name, nothing on the disk
+    said, copy = staging(code, shard_set, disk=disk)
+    assert copy == "[]"
+    assert re.search(
+        rf": not copied, {shard_set} has 8388609 MB and {disk} \d+ MB free; it is read where it is$", said
+    )
+    assert [file.suffix for file in disk.rglob("*") if file.is_file()] == [".lock"]
+
+    (shard_set / "dataset.json").unlink()
+    assert staging(code, shard_set, disk=disk) == ["[]"]  # the command says what is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shards"),
+    [
+        (["xcon/pretrain.py", "demo", "--shards", "a b", "--out", "c"], "a b"),
+        (["demo", "--shards=a", "--out", "c"], "a"),
+        (["demo", "--shards", "a", "--shards", "b"], "b"),
+        (["demo", "--out", "c"], ""),
+        (["demo", "--shards"], ""),
+    ],
+)
+def test_the_shards_of_a_command(arguments: list[str], shards: str, tmp_path: Path):
+    assert staging('shards_of "$@"', *arguments, disk=tmp_path) == [shards]
 
 
 @pytest.mark.slurm

@@ -4,8 +4,8 @@
     sbatch --array=0-20 slurm/reproduce.sh --shards DIR --out DIR         # each task does a part of it
 
 Each step is a command that you could type; --list shows them all. What is done already is not done again, and what
-was interrupted goes on from its last checkpoint. After the last step comes the table: results.md, .json, .parquet and
-.png in --out. Tasks make none: the same command without --task does, and whatever they left open.
+was interrupted goes on from its last checkpoint. After the last step comes the table: results.md, .json, .parquet
+and .png in --out. Tasks make none: the same command without --task does, and whatever they left open.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Settings:
     launch: str = ""
     """What trainings are started with, as in --launch "accelerate launch --num_processes 4"."""
     task: int | None = None
-    """Only this part of the work, from 0 on, and no table: a task of an array job; --list says how many there are."""
+    """Only this part of the work, from 0 on, as a task of an array job, and no table; --list counts the parts."""
     list: bool = False
     """Show the steps and whether they are done; run nothing."""
 
