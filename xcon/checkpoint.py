@@ -1,26 +1,34 @@
 """Checkpoints: saved whole or not at all, resumed exactly.
 
 `checkpoints/step-N/` holds what Accelerate saves of every process (weights, optimiser, loss scaler, random
-states) and `state.json`, the position of the run and the sizes of those files. The order of records needs no
-saving: it is a function of the step (`sampler.Order`).
+states) and `state.json`, the position of the run and the hashes of those files. Beside it are the weights of the
+best held-out result. The order of records needs no saving: it is a function of the step (`sampler.Order`).
+
+What is being written or removed has a name that begins with a dot, and counts nowhere.
 """
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
-from safetensors import SafetensorError
+from accelerate.utils import DistributedType, gather_object, set_seed
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
 
+Found = TypeVar("Found")
+
 KEPT = 2
+REMEDY = "remove the folder to resume from the one before"
 # Strategies whose checkpoints have a piece for each process.
 IN_PIECES = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
@@ -51,9 +59,9 @@ class Position:
         """The position without its best: what comes after is not compared with what came before."""
         return Position(step=self.step)
 
-    def exhausted(self, patience: int) -> bool:
-        """Whether training stops early: `patience` validations, not 0, without a better result."""
-        return 0 < patience <= self.since_best
+    def ended(self, total: int, patience: int) -> bool:
+        """Whether training is over: `total` steps done, or `patience` validations, not 0, without a better one."""
+        return self.step >= total or 0 < patience <= self.since_best
 
 
 class Checkpoints:
@@ -65,7 +73,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, accelerator: Accelerator) -> None:
-        self.folder = run / "checkpoints"
+        self.run, self.folder = run, run / "checkpoints"
         self.accelerator = accelerator
 
     def weights(self, step: int) -> Path:
@@ -78,42 +86,55 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             with atomic_write(self.weights(step)) as file:
                 file.write(weights_to_bytes(weights))
+            _to_disk(self.folder)
 
     def save(self, position: Position) -> None:
         """Saves the run where it stands; called by all processes.
 
-        A checkpoint takes its name only when it is whole, and older ones go only after that.
+        A checkpoint takes its name only when all of it is on disk and was read back, and older ones go only then.
 
         Raises:
-            OSError: it could not be written; nothing of it is left.
+            OSError: a process could not write its part; nothing of it is left.
         """
-        step = position.step
-        partial = self.folder / f".step-{step}.partial"
+        partial = self.folder / f".step-{position.step}.partial"
+        main = self.accelerator.is_main_process
         try:
-            self.accelerator.save_state(str(partial))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _of_files(error):
-                raise
-            shutil.rmtree(partial, ignore_errors=True)
+            self._together(lambda: self.accelerator.save_state(str(partial)))
+            seen = self._together(lambda: self._files(partial, position))  # each certainly sees its own
+            names = sorted(set().union(*seen))
+            hashes = self._hashes(partial, names, _settled)
+            self._together(lambda: self._complete(partial, position, hashes) if main else None)
+        except OSError as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"{self.folder}: the checkpoint of step {step} could not be written ({error}); is there space "
-                "left? The run goes on from the one before"
+                f"{self.folder}: the checkpoint of step {position.step} could not be written ({error}); is there "
+                "space left? The run goes on from the one before"
             ) from error
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = {
-                **dataclasses.asdict(position),
-                "processes": self.accelerator.num_processes,
-                "in_pieces": self._in_pieces,
-                "sizes": {
-                    str(f.relative_to(partial)): f.stat().st_size for f in partial.rglob("*") if f.is_file()
-                },
-            }
-            with atomic_write(partial / "state.json") as file:
-                file.write((json.dumps(state) + "\n").encode())
-            partial.replace(self.folder / f"step-{step}")
+        if main:
             self._prune()
         self.accelerator.wait_for_everyone()
+
+    def _files(self, checkpoint: Path, position: Position) -> set[str]:
+        """The files that a checkpoint needs, seen from it: its own, and the best weights where they are kept."""
+        found = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+        best = self.weights(position.best_step or 0)
+        return found | ({f"../{best.name}"} if best.is_file() else set())
+
+    def _complete(self, partial: Path, position: Position, hashes: Mapping[str, str]) -> None:
+        """Says what a checkpoint is, and gives it its name."""
+        state = {
+            **dataclasses.asdict(position),
+            "processes": self.accelerator.num_processes,
+            "in_pieces": self._in_pieces,
+            "sha256": hashes,
+        }
+        with atomic_write(partial / "state.json") as file:
+            file.write((json.dumps(state) + "\n").encode())
+        for folder in {(partial / name).parent for name in (*hashes, "state.json")}:
+            _to_disk(folder)
+        partial.replace(self.folder / f"step-{position.step}")
+        _to_disk(self.folder)
 
     def restore(self) -> Position:
         """Loads the newest checkpoint, where there is one; called by all processes.
@@ -130,20 +151,13 @@ class Checkpoints:
         newest = checkpoints[-1]
         state = read_json(newest / "state.json")
         saved, now = state["processes"], self.accelerator.num_processes
-        if saved != now and (state.get("in_pieces") or self._in_pieces):
+        if saved != now and (state["in_pieces"] or self._in_pieces):
             raise ValueError(
                 f"{newest}: saved by {saved} processes, resumed by {now}, and each has a piece of the optimiser: "
                 "launch as many as before"
             )
-        for name, size in state["sizes"].items():  # Accelerate goes on without random states that it cannot read
-            if not (newest / name).is_file() or (newest / name).stat().st_size != size:
-                raise ValueError(f"{newest}: {name} is damaged; remove the folder to resume from the one before")
-        try:
-            self.accelerator.load_state(str(newest))
-        except (OSError, RuntimeError, SafetensorError, EOFError) as error:
-            if not _of_files(error):
-                raise
-            raise ValueError(f"{newest}: damaged ({error}); remove it to resume from the one before") from None
+        self._check(newest, state["sha256"])
+        self.accelerator.load_state(str(newest))
         self.accelerator.wait_for_everyone()
         if (
             saved != now
@@ -153,6 +167,41 @@ class Checkpoints:
         best = state["best"] and tuple(state["best"])
         return Position(state["step"], best, state["best_step"], state["since_best"])
 
+    def _check(self, checkpoint: Path, hashes: Mapping[str, str]) -> None:
+        """Raises ValueError, on all processes, unless every file is what was saved."""
+        try:
+            found = self._hashes(checkpoint, list(hashes), _sha256)
+        except OSError as error:
+            raise ValueError(f"{checkpoint}: damaged ({error}); {REMEDY}") from None
+        for name, digest in hashes.items():
+            if found[name] != digest:
+                raise ValueError(f"{checkpoint}: {name} is damaged; {REMEDY}")
+
+    def _hashes(self, checkpoint: Path, names: list[str], digest: Callable[[Path], str]) -> dict[str, str]:
+        """The SHA-256 of every file, each read by one of the processes."""
+        mine = names[self.accelerator.process_index :: self.accelerator.num_processes]
+        parts = self._together(lambda: {name: digest(checkpoint / name) for name in mine})
+        return {name: found for part in parts for name, found in part.items()}
+
+    def _together(self, action: Callable[[], Found]) -> list[Found]:
+        """What an action on files gives on every process, by rank; called by all of them.
+
+        Raises:
+            OSError: it failed on one; on all of them, so that none waits for another in vain.
+        """
+        found: list[tuple[Found | None, str]]
+        try:
+            found = [(action(), "")]
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _of_files(error):
+                raise
+            found = [(None, str(error))]
+        everyones = gather_object(found)
+        for _, trouble in everyones:
+            if trouble:
+                raise OSError(trouble)
+        return [result for result, _ in everyones]
+
     @property
     def _in_pieces(self) -> bool:
         return self.accelerator.distributed_type in IN_PIECES
@@ -160,7 +209,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Removes all but the newest checkpoints, and the weights that none of those names as its best."""
         for old in self.whole()[:-KEPT]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.replace(self.folder / f".{old.name}.partial"))
         named = {self.weights(read_json(c / "state.json")["best_step"] or 0) for c in self.whole()}
         for weights in set(self.folder.glob("weights-*.safetensors")) - named:
             weights.unlink()
@@ -175,6 +224,29 @@ def _of_files(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or any(
         w in str(error) for w in ("PytorchStream", "inline_container")
     )
+
+
+def _settled(path: Path) -> str:
+    """The SHA-256 of a file that was just written, once it is on disk and found whole."""
+    _to_disk(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            file.keys()
+    return _sha256(path)
+
+
+def _to_disk(path: Path) -> None:
+    """Returns when a file, or what a folder lists, will outlast the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> bool:
@@ -195,10 +267,17 @@ def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> boo
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for leftover in (run / "checkpoints").glob(".step-*.partial"):
-            shutil.rmtree(leftover)
+        _clear(run)
         if not begun:
             with atomic_write(run / "config.json") as file:
                 file.write(config.to_json(**facts).encode())
     accelerator.wait_for_everyone()
     return (run / "model.json").is_file()
+
+
+def _clear(run: Path) -> None:
+    """Removes what a process left that was killed while it wrote."""
+    for leftover in (run / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(leftover)
+    for leftover in (run / "checkpoints").glob(".weights-*"):
+        leftover.unlink()

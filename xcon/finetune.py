@@ -27,6 +27,7 @@ from xcon import (
     model,
     optim,
     recipes,
+    signals,
     start,
 )
 from xcon.checkpoint import Checkpoints, open_run
@@ -36,6 +37,7 @@ from xcon.images import ImageSpec
 from xcon.loader import Records, Share, evaluation_loader, in_parts, make_loader, to_device
 from xcon.losses import share_of_cross_entropies
 from xcon.model import ModelSpec
+from xcon.preemption import Saver
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
 from xcon.tracking import Clock, Silent, Tracker
@@ -45,10 +47,11 @@ from xcon.tracking import Clock, Silent, Tracker
 
 def main() -> None:
     """Runs the command line."""
-    commandline.guarded(train, "xcon finetune")
+    with signals.Received() as received:
+        commandline.guarded(functools.partial(train, received), "xcon finetune")
 
 
-def train() -> None:
+def train(received: signals.Received) -> None:
     """Parse, data, model, optimiser, resume, loop."""
     recipe, cfg = config.parse_recipe(recipes.FINETUNE, "xcon finetune")
     begun = model.load_spec(cfg.init, kind="contrastive") if cfg.init else None
@@ -128,14 +131,16 @@ def train() -> None:
     # Resume
     checkpoints = Checkpoints(cfg.out, accelerator)
     at = checkpoints.restore()
-    steps = range(0) if at.exhausted(cfg.patience) else range(at.step, total)
+    clock = Clock()
+    saver = Saver(checkpoints, received, clock, every=cfg.checkpoint_every)
+    signalled = saver.asked()
+    steps = range(0) if signalled or at.ended(total, cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps)
     tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
 
     # Loop
-    clock = Clock()
     with tracker:
         for step, batch in enumerate(clock.watch(batches), start=at.step):
             wrapped.train()
@@ -168,8 +173,8 @@ def train() -> None:
                 launch.check_finite(values["loss"], at.step)
                 values["epoch"] = at.step / order.steps_per_epoch
                 tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
-            with clock.paused():
-                if at.step % order.steps_per_epoch == 0 and shards.has("val"):
+            if at.step % order.steps_per_epoch == 0 and shards.has("val"):
+                with clock.paused():
                     seen = late if step >= late_epoch * order.steps_per_epoch else early
                     held_out = validate(judged, believed, cfg, seen, shards, share, accelerator)
                     launch.check_finite(held_out["loss"], at.step)
@@ -177,12 +182,12 @@ def train() -> None:
                     if at.since_best == 0 and cfg.keep == "best":
                         checkpoints.keep_weights(judged, at.step)
                     tracker.write("val", at.step, held_out)
-                if at.step % cfg.checkpoint_every == 0:
-                    launch.check_finite(accelerator.reduce(loss, "sum").item(), at.step)
-                    checkpoints.save(at)
+            signalled = saver.after_step(at, loss)
             tracker.advance(at.step)
-            if at.exhausted(cfg.patience):
+            if signalled or at.ended(total, cfg.patience):
                 break
+        if signalled and not at.ended(total, cfg.patience):
+            saver.stop(tracker, at, signalled)
         tracker.write("end", at.step, {"best": at.best})
 
     # The result: the weights of the best held-out result; without a validation split, or as asked for, the last

@@ -13,6 +13,7 @@ the others'. With them it knows the gradient of its own rows completely, and its
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -103,6 +104,26 @@ def agree(values: Mapping[str, float], device: torch.device) -> dict[str, float]
     numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.broadcast(numbers, src=0)
     return dict(zip(values, numbers.tolist(), strict=True))
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes give, on all of them; called by all processes.
+
+    Between processors, over gloo: no GPU is waited for.
+    """
+    if world_size() == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_processors())
+    return int(found)
+
+
+@functools.cache
+def _processors() -> dist.ProcessGroup:
+    """All processes once more, for what they exchange between processors."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def share_buffers(module: nn.Module) -> None:

@@ -133,15 +133,19 @@ def autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
     return torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def finish(accelerator: Accelerator) -> None:
+def finish(accelerator: Accelerator, status: int = 0) -> None:
     """The last call of an entry script: leaves the process group; one of several processes ends here.
 
     DDP keeps gloo's threads beyond the process group (torch 2.15), and one that wakes up while Python is taken
     down aborts the process after all is done: seen in one launch of thirty.
+
+    Args:
+        accelerator: of this process.
+        status: the exit status of one of several processes.
     """
     several = accelerator.num_processes > 1
     accelerator.end_training()
     if several:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)

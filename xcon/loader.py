@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from xcon import images
+from xcon import images, signals
 from xcon.config import MODALITIES
 from xcon.geotime import known, moved
 from xcon.images import Transform
@@ -185,6 +185,7 @@ def make_loader(
         num_workers=share.workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if share.workers else None,
+        worker_init_fn=signals.end_with_parent,
         generator=torch.Generator(),  # its own, so that starting a loader does not move the global one
     )
 
@@ -199,8 +200,10 @@ class _Loader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = self.batch_sampler
         assert isinstance(batches, _Batches)
+        with signals.held():
+            iterator = super().__iter__()
         with without_traceback():
-            for step, batch in zip(batches.steps, super().__iter__(), strict=True):
+            for step, batch in zip(batches.steps, iterator, strict=True):
                 if self.captions is None:
                     yield batch
                 else:

@@ -24,6 +24,7 @@ from xcon import (
     model,
     optim,
     recipes,
+    signals,
 )
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.config import PretrainConfig
@@ -39,6 +40,7 @@ from xcon.loader import (
 )
 from xcon.model import ContrastiveModel, ModelSpec, Tower
 from xcon.objective import Objective, neighbour_top1
+from xcon.preemption import Saver
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
 from xcon.tracking import Clock, Silent, Tracker
@@ -48,10 +50,11 @@ from xcon.tracking import Clock, Silent, Tracker
 
 def main() -> None:
     """Runs the command line."""
-    commandline.guarded(train, "xcon pretrain")
+    with signals.Received() as received:
+        commandline.guarded(functools.partial(train, received), "xcon pretrain")
 
 
-def train() -> None:
+def train(received: signals.Received) -> None:
     """Parse, data, model, optimiser, resume, loop."""
     recipe, cfg = config.parse_recipe(recipes.PRETRAIN, "xcon pretrain")
     cfg = resolved(cfg)
@@ -106,14 +109,16 @@ def train() -> None:
     # Resume
     checkpoints = Checkpoints(cfg.out, accelerator)
     at = checkpoints.restore()
-    steps = range(0) if at.exhausted(cfg.patience) else range(at.step, total)
+    clock = Clock()
+    saver = Saver(checkpoints, received, clock, every=cfg.checkpoint_every)
+    signalled = saver.asked()
+    steps = range(0) if signalled or at.ended(total, cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps, captions=shared)
     tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
 
     # Loop
-    clock = Clock()
     with tracker:
         for step, batch in enumerate(clock.watch(batches), start=at.step):
             wrapped.train()
@@ -136,20 +141,20 @@ def train() -> None:
                     "epoch": at.step / order.steps_per_epoch,
                 }
                 tracker.write("train", at.step, values, clock.lap(cfg.batch_size))
-            with clock.paused():
-                if at.step % order.steps_per_epoch == 0 and shards.has("val"):
+            if at.step % order.steps_per_epoch == 0 and shards.has("val"):
+                with clock.paused():
                     held_out = validate(wrapped, cfg, spec, shards, texts, objective, share, accelerator.device)
                     launch.check_finite(held_out["loss"], at.step)
                     at = at.after((held_out.get("top1", 0.0), -held_out["loss"]))
                     if at.since_best == 0:
                         checkpoints.keep_weights(wrapped, at.step)
                     tracker.write("val", at.step, held_out)
-                if at.step % cfg.checkpoint_every == 0:
-                    launch.check_finite(terms["total"].item(), at.step)
-                    checkpoints.save(at)
+            signalled = saver.after_step(at, terms["total"])
             tracker.advance(at.step)
-            if at.exhausted(cfg.patience):
+            if signalled or at.ended(total, cfg.patience):
                 break
+        if signalled and not at.ended(total, cfg.patience):
+            saver.stop(tracker, at, signalled)
         tracker.write("end", at.step, {"best": at.best})
 
     # The result: the weights of the best held-out result; without a validation split, the last

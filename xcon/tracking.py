@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from xcon.records import atomic_write
+
 LOG = "metrics.jsonl"
 
 
@@ -116,7 +118,7 @@ class Tracker(Silent):
         """Adds a line to `metrics.jsonl` and shows it.
 
         Args:
-            event: start, train, val or end.
+            event: start, train, val, and end or stop.
             step: optimiser steps done.
             facts: the same in every run of the same command.
             timing: what is not.
@@ -154,7 +156,7 @@ class Tracker(Silent):
 
 
 def _keep_until(log: Path, step: int) -> None:
-    """Drops what a resumed run writes again: the steps after its checkpoint (all, without one) and the end."""
+    """Drops what a resumed run writes again: the steps after its checkpoint (all, without one), and its end."""
     if not log.exists():
         return
     if step == 0:
@@ -162,7 +164,6 @@ def _keep_until(log: Path, step: int) -> None:
         return
     whole = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     facts = zip(whole, map(json.loads, whole), strict=True)
-    kept = [line for line, fact in facts if fact["step"] <= step and fact["event"] != "end"]
-    partial = log.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(log)
+    kept = [line for line, fact in facts if fact["step"] <= step and fact["event"] not in ("end", "stop")]
+    with atomic_write(log) as file:
+        file.write("".join(kept).encode())
