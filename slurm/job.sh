@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What the job scripts share, sourced by them: `run` does their one step on all nodes of the job and puts the job
-# back into the queue when the step was stopped, by a signal or with its node, before it was done.
+# What the job scripts share, sourced by them: `run` does their one step on all nodes of the job, and puts the job back
+# into the queue when a signal stopped the step before it was done.
 source slurm/site.sh
 
-# A signal that says "stop soon" comes to the processes of the step, here and on all nodes (facts: slurm/launch.sh);
-# the trainer saves, names its step in the file XCON_STOPPED and ends. SIGTERM comes to this shell too only when
-# SLURM itself ends the job: scancel, which must not come back, or a requeue, which SLURM does.
+# A signal that says "stop soon" comes to the processes of the step, on every node (slurm/launch.sh): the trainer saves,
+# names its step in the file XCON_STOPPED, and ends. SIGTERM comes to this shell too only when SLURM itself ends the
+# job: by scancel, and then it must not come back, or to requeue it.
 run() { # SCRIPT | COMMAND, ARGUMENT ...
   local notes=$XCON_JOBS/$SLURM_JOB_ID status=0 ended=
   mkdir -p "$notes"
@@ -17,14 +17,13 @@ run() { # SCRIPT | COMMAND, ARGUMENT ...
 
   trap 'ended=1' TERM # bash waits for the step all the same
   trap : USR1
-  on_every_node --kill-on-bad-exit=1 bash slurm/launch.sh "$@" || status=$?
+  # When one process fails, the others fail for want of it. They are not killed: if the reason is a lost node, the job
+  # would have failed before SLURM misses the node and requeues it, and SLURM (22.05) would deliver the kill when the
+  # node answers again, to the step of the next run, which has the same name.
+  on_every_node --kill-on-bad-exit=0 bash slurm/launch.sh "$@" || status=$?
 
-  if [ -z "$ended" ] && ((status)); then
-    if [ -s "$XCON_STOPPED" ]; then
-      requeue "$notes" "stopped at $(cat "$XCON_STOPPED")"
-    elif ! on_every_node --overlap timeout 60 true; then
-      requeue "$notes" "a node was lost" # its processes end here long before SLURM misses it, which would requeue
-    fi
+  if ((status)) && [ -z "$ended" ] && [ -s "$XCON_STOPPED" ]; then
+    requeue "$notes" "stopped at $(cat "$XCON_STOPPED")"
   fi
   rm -r "$notes"
   if [ -n "$XCON_STAGE" ] && [ -z "$ended" ]; then

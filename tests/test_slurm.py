@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -31,12 +33,12 @@ class Cluster:
             "SCRATCH": str(folder / "scratch"),
         }
 
-    def run(self, *command: str, **settings: str) -> str:
+    def run(self, *command: str, cwd: Path = ROOT, **settings: str) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("XCON_")}
         done = subprocess.run(
             [ROOT / "tests/minislurm.sh", *command],
             env=environment | self.settings | settings,
-            cwd=ROOT,
+            cwd=cwd,
             text=True,
             capture_output=True,
             check=False,
@@ -49,10 +51,15 @@ class Cluster:
         options = ["--parsable", "--mem=1G", "--cpus-per-task=1", f"--output={self.logs}/%j.out"]
         return self.run("exec", "sbatch", *options, *arguments, **settings).strip()
 
+    def jobs(self, *number: str) -> list[dict[str, str]]:
+        """What SLURM knows of a job, or of all."""
+        lines = self.run("exec", "scontrol", "show", "job", "--oneliner", *number).splitlines()
+        return [dict(field.split("=", 1) for field in line.split() if "=" in field) for line in lines]
+
     def show(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job."""
-        fields = self.run("exec", "scontrol", "show", "job", "--oneliner", job).split()
-        return dict(field.split("=", 1) for field in fields if "=" in field)
+        """What SLURM knows of one job."""
+        (facts,) = self.jobs(job)
+        return facts
 
     def wait(self, job: str, seconds: float = 240) -> str:
         """Returns the state in which the job ended (`sbatch --wait` polls too seldom)."""
@@ -64,13 +71,6 @@ class Cluster:
             time.sleep(0.5)
         return f"still {state} after {seconds} s"
 
-    def until(self, job: str, text: str, seconds: float = 240) -> None:
-        """Waits until the log of a job has a text."""
-        deadline = time.monotonic() + seconds
-        while text not in self.log(job):
-            assert time.monotonic() < deadline, f"no {text!r} in {self.log(job)}"
-            time.sleep(0.1)
-
     def local_files(self, node: str) -> list[str]:
         """The files on the own disk of a node."""
         found = self.run("exec", "srun", f"--nodelist={node}", "find", str(self.local), "-type", "f")
@@ -79,6 +79,13 @@ class Cluster:
     def log(self, job: str) -> str:
         file = self.logs / f"{job}.out"
         return file.read_text() if file.exists() else "(no log)"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +176,29 @@ def test_a_part_of_an_array_says_of_how_many_tasks_it_is_one(array: dict[str, st
     )
 
 
+def test_the_image_has_what_the_package_needs():
+    """Apptainer builds it on a machine with a network; what can be checked here is that it copies all it installs."""
+    text = (ROOT / "slurm/xcon.def").read_text()
+    header, *rest = re.split(r"^%(\w+)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    assert list(sections) == ["files", "post", "environment", "test", "runscript"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    base = re.search(r"^Bootstrap: docker\nFrom: python:(\d)\.(\d+)-slim-\w+$", header, flags=re.MULTILINE)
+    assert base
+    assert project["project"]["requires-python"] == f">={base[1]}.{base[2]}"
+    needed = [*project["project"]["license-files"], project["project"]["readme"], "pyproject.toml"]
+    needed += project["tool"]["setuptools"]["packages"]
+    copied = dict(line.split() for line in sections["files"].splitlines() if line)
+    assert copied == {name: f"/opt/xcon/{name}" for name in needed}
+    assert all((ROOT / name).exists() for name in copied)
+    for name in project["project"]["scripts"]:
+        assert f"/opt/venv/bin/{name} --help\n" in sections["test"]
+    for section in ("post", "environment", "test", "runscript"):
+        checked = [BIN / "shellcheck", "--shell=sh", "--exclude=SC1091", "-"]
+        done = subprocess.run(checked, input=sections[section], text=True, capture_output=True, check=False)
+        assert done.stdout + done.stderr == ""
+
+
 def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
     """`singularity` is a stand-in that shows how it was called."""
     singularity = tmp_path / "singularity"
@@ -181,6 +211,7 @@ def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_director
         "SLURM_JOB_ID": "1",
         "XCON_IMAGE": "cuda 12.sif",
         "XCON_OVERLAY": "/scratch/me/env.ext3",
+        "SLURM_TMPDIR": "/local disk",
     }
     done = subprocess.run(
         ["bash", "-euc", 'source slurm/site.sh; become xcon --note "two  words"'],
@@ -192,7 +223,7 @@ def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_director
     )
     image = "/scratch/work/public/singularity/cuda 12.sif"
     assert done.stdout.splitlines() == [
-        *("exec", "--nv", "--overlay", "/scratch/me/env.ext3:ro", image),
+        *("exec", "--nv", "--bind", "/local disk", "--overlay", "/scratch/me/env.ext3:ro", image),
         *("bash", "-c", 'source "$0" && exec "$@"', "/ext3/env.sh", "xcon", "--note", "two  words"),
         *("/scratch/me/xcon-cache/huggingface", "1"),
     ]
@@ -289,10 +320,7 @@ def test_stopped_jobs_come_back_where_that_leads_somewhere(cluster: Cluster, tmp
     bounded = submit("stops", XCON_MAX_RESTARTS="0")
     array = submit("waits", "reproduce", "--array=0-1", f"--output={cluster.logs}/%A_%a.out")
     for job, tasks in ((told, 2), (cancelled, 2), (f"{array}_0", 1), (f"{array}_1", 1)):
-        deadline = time.monotonic() + 30
-        while cluster.log(job).count("running") < tasks:
-            assert time.monotonic() < deadline, cluster.log(job)
-            time.sleep(0.1)
+        wait_until(lambda job=job, tasks=tasks: cluster.log(job).count("running") == tasks)
     cluster.run("exec", "scancel", "--signal=USR1", told)
     cluster.run("exec", "scancel", cancelled)
     # The job id of an array's last task is the number of the array: no other task may come back with it.
@@ -319,7 +347,7 @@ def test_stopped_jobs_come_back_where_that_leads_somewhere(cluster: Cluster, tmp
     for job in (cancelled, failed, bounded, f"{array}_0"):
         assert cluster.show(job)["Restarts"] == "0"
         assert "back into the queue" not in cluster.log(job)
-    assert not list(Path(cluster.settings["XCON_JOBS"]).iterdir())
+    wait_until(lambda: not list(Path(cluster.settings["XCON_JOBS"]).iterdir()))  # all notes are thrown away
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -428,77 +456,169 @@ def test_the_shards_of_a_command(arguments: list[str], shards: str, tmp_path: Pa
     assert staging('shards_of "$@"', *arguments, disk=tmp_path) == [shards]
 
 
-@pytest.mark.slurm
-def test_shards_then_pretraining_then_finetuning(cluster: Cluster, tmp_path: Path):
-    shards, pretrained, tuned = tmp_path / "shards", tmp_path / "pre trained", tmp_path / "tuned"
-    small = ["--epochs", "1", "--batch-size", "16", "--image-size", "32", "--precision", "fp32"]
+# --------------------------------------------------------------------------------------------------------
+# The commands of the cluster page and of the README, and what disturbs them
 
-    def after(job: str) -> list[str]:
-        return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
-
-    build = cluster.submit(
-        *("slurm/build_shards.sh", "synthetic", "--out", str(shards)),
-        *("--classes", "6", "--per-class", "24", "--val-per-class", "2"),
-    )
-    pretrain = cluster.submit(
-        *("--nodes=2", *after(build), "slurm/pretrain.sh", "demo"),
-        *("--shards", str(shards), "--out", str(pretrained), *small),
-    )
-    finetune = cluster.submit(
-        *("--nodes=2", *after(pretrain), "slurm/finetune.sh", "demo"),
-        *("--shards", str(shards), "--init", str(pretrained), "--out", str(tuned), *small),
-    )
-    for job in (build, pretrain, finetune):
-        assert cluster.wait(job) == "COMPLETED", cluster.log(job)
-    for job, run in ((pretrain, pretrained), (finetune, tuned)):
-        assert "node 1 of 2 (node1), 1 process(es)" in cluster.log(job)
-        assert "node 2 of 2 (node2), 1 process(es)" in cluster.log(job)
-        start, *steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert (start["event"], start["processes"]) == ("start", 2)
-        assert steps
-        assert (run / "model.safetensors").exists()
-
-
-@pytest.mark.slurm
-def test_an_array_makes_the_table(cluster: Cluster, tiny_shards: Path, tmp_path: Path):
-    """Two parts, one per node; a third task has none. The last of the two to end makes the table of both."""
-    out = tmp_path / "the table"
-    job = cluster.submit(
-        *("--array=0-2", f"--output={cluster.logs}/%A_%a.out"),
-        *(
-            "slurm/reproduce.sh",
-            "--size",
-            "laptop",
-            "--shards",
-            str(tiny_shards),
-            "--out",
-            str(out),
-            "--seeds",
-            "1",
-        ),
-        *("--rows", "inception", "inception-meta", "--budget", "1"),
+SIZE = ("--batch-size", "16", "--image-size", "32", "--precision", "fp32")
+NETWORK = ("--image-backbone", "test_resnet", "--image-weights", "none")
+PRETRAIN = (*SIZE, *NETWORK, "--text-model", "small-distilbert", "--epochs", "8", "--log-every", "1")
+# What a command is given, so that it has less to do; nothing else of it is changed.
+SMALL = {
+    "build_shards": (),
+    "pretrain": (*PRETRAIN, "--checkpoint-every", "5"),
+    "finetune": (*SIZE, "--epochs", "1"),
+    "evaluate": (),
+    "reproduce": (
+        *("--size", "laptop", "--rows", "inception", "inception-meta", "--seeds", "1", "--budget", "1"),
         *("--backbone", "test_resnet", "--image-weights", "none", "--image-size", "32"),
-    )
-    assert cluster.wait(f"{job}_2") == "FAILED"
-    assert "xcon reproduce: --task 2: the parts are numbered 0 to 1 (see xcon reproduce --help)\n" in cluster.log(
-        f"{job}_2"
-    )
-    for task in (f"{job}_0", f"{job}_1"):
-        assert cluster.wait(task) == "COMPLETED", cluster.log(task)
-        assert f"xcon: task {task[-1]} on node" in cluster.log(task)
-    assert sum("the table waits for" in cluster.log(f"{job}_{n}") for n in (0, 1)) <= 1
+    ),
+}
+# In place of sbatch: no GPUs, two tasks in an array, few cores and little memory.
+SBATCH = """#!{python}
+import os, re, sys
+from pathlib import Path
 
-    image, channels = json.loads((out / "results.json").read_text())["rows"]
+words = [re.sub("^--array=.*", "--array=0-1", word) for word in sys.argv[1:] if not word.startswith("--gres=")]
+(script,) = [word for word in words if word.endswith(".sh")]
+os.execv("/usr/bin/sbatch", ["sbatch", "--mem=1G", "--cpus-per-task=1", *words, *{small!r}[Path(script).stem]])
+"""
+
+
+def submissions(page: str) -> list[str]:
+    """The lines of a page that submit jobs."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if "sbatch " in line]
+
+
+def test_the_readme_submits_what_the_cluster_page_does():
+    def plain(line: str) -> list[str]:
+        line = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line)
+        own = ("--parsable", "--dependency=", "--array=0-7")
+        return sorted(word for word in shlex.split(line) if not word.startswith(own))
+
+    page = [plain(line) for line in submissions("docs/clusters.md")]
+    assert len(page) == 6
+    assert [line for line in submissions("README.md") if plain(line) not in page] == []
+
+
+class Chain(NamedTuple):
+    """What all commands of the cluster page left behind."""
+
+    folder: Path
+    logs: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Runs them in a checkout's folder with a small made-up release in place of NABirds."""
+    here = tmp_path_factory.mktemp("a checkout")
+    for name in ("xcon", "shards", "slurm", "accelerate_configs"):
+        (here / name).symlink_to(ROOT / name)
+    release = ["--classes", "6", "--per-class", "24", "--val-per-class", "2", "--keep-source", "r/nabirds"]
+    subprocess.run([BIN / "xcon-shards", "build", "synthetic", "--out", "r/set", *release], cwd=here, check=True)
+    (here / "r/nabirds/nabirds_with_loc_2019.json").rename(here / "nabirds_with_loc_2019.json")
+    subprocess.run(["tar", "czf", "nabirds.tar.gz", "-C", "r", "nabirds"], cwd=here, check=True)
+    (here / "bin").mkdir()
+    (here / "bin/sbatch").write_text(SBATCH.format(python=sys.executable, small=SMALL))
+    (here / "bin/sbatch").chmod(0o755)
+    commands = "\n".join(submissions("docs/clusters.md"))
+    settings = {"PATH": f"{here}/bin:{os.environ['PATH']}", "XCON_STAGE": str(cluster.local)}
+    cluster.run("exec", "bash", "-euc", commands, cwd=here, **settings)
+
+    def ours() -> list[dict[str, str]]:
+        return [job for job in cluster.jobs() if job["WorkDir"] == str(here).split()[0]]
+
+    wait_until(lambda: all(job["JobState"] in ENDED for job in ours()), seconds=600)
+    logs: dict[str, list[str]] = {}
+    for file in here.glob("*.out"):
+        logs.setdefault(file.name.split("-")[1], []).append(file.read_text())
+    assert {job["JobState"] for job in ours()} == {"COMPLETED"}, logs
+    return Chain(here, logs)
+
+
+def lines(run: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of a run's log without what differs between two equal runs."""
+    every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in every if line["event"] == event]
+
+
+@pytest.mark.slurm
+def test_every_command_of_the_cluster_page(chain: Chain):
+    """Two nodes took part where two were asked for; the table is of what was measured."""
+    runs = chain.folder / "runs"
+    assert {name: len(logs) for name, logs in chain.logs.items()} == {
+        "shards": 2,
+        "pretrain": 1,
+        "finetune": 1,
+        "evaluate": 1,
+        "reproduce": 3,
+    }
+    for name in ("pretrain", "evaluate"):
+        for node in (1, 2):
+            assert f"node {node} of 2 (node{node}), 1 process(es)" in chain.logs[name][0]
+    assert lines(runs / "pretrain", "start")[0]["processes"] == 2
+    assert len(lines(runs / "pretrain", "train")) == 48
+    assert "each evaluated once, by 2 process(es)" in chain.logs["evaluate"][0]
+    assert json.loads((runs / "paper/metrics.json").read_text())["n"] == 36
+
+    image, channels = json.loads((runs / "table/results.json").read_text())["rows"]
     assert [row["label"] for row in (image, channels)] == ["image only", "+ meta channels"]
-    for row, run in ((image, out / "inception-0"), (channels, out / "inception-meta-0")):
+    for row, run in ((image, runs / "table/inception-0"), (channels, runs / "table/inception-meta-0")):
         measured = json.loads((run / "metrics.json").read_text())
         assert (row["n"], row["top1"]["mean"]) == (measured["n"], measured["top1"])
         assert json.loads((run / "config.json").read_text())["workers"] == 0  # of one core
+    assert sum("without --task the table is made" in log for log in chain.logs["reproduce"]) == 2
 
 
 @pytest.mark.slurm
-def test_a_wrong_recipe_fails_the_job_and_is_named_in_its_log(cluster: Cluster, tmp_path: Path):
-    job = cluster.submit("slurm/pretrain.sh", "dmeo", "--shards", "none", "--out", str(tmp_path / "run"))
-    assert cluster.wait(job) == "FAILED"
-    assert [line for line in cluster.log(job).splitlines() if "no recipe 'dmeo': one of paper, clip" in line]
-    assert not (tmp_path / "run").exists()
+def test_every_node_reads_from_its_own_disk_and_leaves_it_empty(chain: Chain, cluster: Cluster):
+    everything = "".join(log for logs in chain.logs.values() for log in logs)
+    for node in ("node1", "node2"):
+        assert f"xcon: {node}: copied data/nabirds, " in everything
+        assert [name for name in cluster.local_files(node) if not name.endswith(".lock")] == []
+    for run in ("pretrain", "paper", "table/inception-0"):
+        config = json.loads((chain.folder / "runs" / run / "config.json").read_text())
+        assert config["shards"].startswith(f"{cluster.local}/")
+
+
+@pytest.mark.slurm
+def test_disturbed_runs_end_as_the_undisturbed_one(chain: Chain, cluster: Cluster, tmp_path: Path):
+    """A node that crashes, a job with a higher priority, a signal: all of the run is there, to the bit."""
+    crashed, preempted, signalled = (tmp_path / name for name in ("crashed", "preempted", "signalled"))
+
+    def submit(run: Path, *options: str) -> str:
+        arguments = ["--shards", str(chain.folder / "data/nabirds"), "--out", str(run), *SMALL["pretrain"]]
+        return cluster.submit("--nodes=2", *options, "slurm/pretrain.sh", "paper", *arguments)
+
+    def under_way(run: Path) -> bool:
+        return (run / "metrics.jsonl").exists() and len(lines(run, "train")) > 5
+
+    def interrupted(run: Path) -> None:
+        assert not lines(run, "end"), "it was done before it was disturbed"
+
+    jobs = {crashed: submit(crashed, "--partition=urgent")}
+    wait_until(lambda: under_way(crashed))
+    cluster.run("crash", "node2")
+    interrupted(crashed)
+    wait_until(lambda: cluster.show(jobs[crashed])["Restarts"] == "1", seconds=60)
+    cluster.run("boot", "node2")
+
+    jobs |= {preempted: submit(preempted), signalled: submit(signalled, "--partition=urgent")}
+    wait_until(lambda: under_way(preempted))
+    # Six of the eight cores of each node: they are free only without the job that may be preempted.
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--cpus-per-task=6", "--wrap", "sleep 1")
+    interrupted(preempted)
+    wait_until(lambda: under_way(signalled))
+    cluster.run("exec", "scancel", "--signal=USR1", jobs[signalled])
+    interrupted(signalled)
+
+    reference = chain.folder / "runs/pretrain"
+    for run, job in jobs.items():
+        assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+        assert cluster.show(job)["Restarts"] == "1"
+        assert cluster.log(job).count("train 1/48 ") == 1  # it went on, and did not begin again
+        for event in ("train", "val", "end"):
+            assert lines(run, event) == lines(reference, event)
+        assert (run / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+        assert [line["signal"] for line in lines(run, "stop")] == ([] if run == crashed else ["SIGUSR1"])
+    assert cluster.wait(urgent) == "COMPLETED"
