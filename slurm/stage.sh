@@ -4,29 +4,25 @@
 # what a job with these arguments copied, unless another job on the node reads it.
 #
 # A copy is named for the set's card, which has the hashes of all shards. It takes that name when it is whole, and is
-# used only if every file is there with its full size. Jobs of a node share it by a lock: alone while one copies,
-# shared as long as one reads.
+# used only if every file is there with its full size. Jobs of a node share it: one at a time copies, under a lock on
+# the folder, and each that reads holds a share of the lock beside the copy.
 set -euo pipefail
 
 # Sets `copy` to the folder to read from, or to nothing where it cannot be copied.
 stage() { # SHARDS
-  local lock
+  local copying reading
   copy=
   [ -f "$1/dataset.json" ] || return 0 # what is wrong with it, xcon says better
   copy=$(copy_of "$1")
   mkdir -p "${copy%/*}"
-  exec {lock}>>"$copy.lock"
-  while
-    flock --shared "$lock" # kept open by the training that this process becomes
-    ! same "$1" "$copy"
-  do
-    flock "$lock"
-    same "$1" "$copy" || copy_to "$1" "$copy" || {
-      exec {lock}>&-
-      copy=
-      return 0
-    }
-  done
+  exec {copying}<"${copy%/*}" {reading}>>"$copy.lock"
+  flock "$copying"
+  flock --shared "$reading" # kept by the training that this process becomes
+  if ! same "$1" "$copy" && ! copy_to "$1" "$copy"; then
+    copy=
+    exec {reading}>&-
+  fi
+  exec {copying}<&-
 }
 
 copy_to() { # SHARDS COPY
@@ -49,12 +45,11 @@ copy_to() { # SHARDS COPY
 }
 
 remove() { # SHARDS
-  local lock copy
+  local reading copy
   copy=$(copy_of "$1")
   [ -d "$copy" ] || return 0
-  exec {lock}>>"$copy.lock"
-  flock --nonblock "$lock" || return 0
-  rm -rf "$copy"
+  exec {reading}>>"$copy.lock"
+  if flock --nonblock "$reading"; then rm -rf "$copy"; fi
 }
 
 same() { # SHARDS COPY

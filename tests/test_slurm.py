@@ -1,5 +1,6 @@
 """The job scripts: linted, and run on a real SLURM of two nodes that tests/minislurm.sh starts here."""
 
+import io
 import json
 import os
 import re
@@ -177,7 +178,7 @@ def test_a_part_of_an_array_says_of_how_many_tasks_it_is_one(array: dict[str, st
 
 
 def test_the_image_has_what_the_package_needs():
-    """Apptainer builds it on a machine with a network; what can be checked here is that it copies all it installs."""
+    """Apptainer, which builds it, wants a network; checked here is that it copies all that it installs."""
     text = (ROOT / "slurm/xcon.def").read_text()
     header, *rest = re.split(r"^%(\w+)\n", text, flags=re.MULTILINE)
     sections = dict(zip(rest[::2], rest[1::2], strict=True))
@@ -408,9 +409,11 @@ def test_jobs_of_a_node_share_a_copy_and_the_last_removes_it(shard_set: Path, tm
     settings = {"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)}
     jobs = [subprocess.Popen(job, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE) for _ in range(2)]
     try:
-        first = [process.stdout.readline() for process in jobs if process.stdout]
-        assert sum(": copied " in line for line in first) == 1
-        copy = Path(next(line for line in first if ": copied " not in line).strip())
+        said = [process.stdout.readline() for process in jobs if process.stdout]
+        copier = next(number for number, line in enumerate(said) if ": copied " in line)
+        copy = Path(said[1 - copier].strip())
+        # By now it holds its share of the lock, too.
+        assert (jobs[copier].stdout or io.StringIO()).readline() == f"{copy}\n"
         removal = 'remove "$1"'
         staging(removal, shard_set, disk=disk)
         assert copy.is_dir()
