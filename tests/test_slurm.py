@@ -445,6 +445,32 @@ def test_without_room_or_card_nothing_is_copied(shard_set: Path, tmp_path: Path)
     assert staging(code, shard_set, disk=disk) == ["[]"]  # the command says what is wrong
 
 
+@pytest.mark.slurm
+def test_a_job_says_where_its_shards_did_not_fit(cluster: Cluster, shard_set: Path, tmp_path: Path):
+    """The nodes' own disks have 64 MB."""
+    (tmp_path / "accelerate").write_text('#!/bin/bash\nprintf "[%s]\\n" "$@"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
+    settings = {"XCON_ENV": str(tmp_path / "env"), "XCON_STAGE": str(cluster.local)}
+    command = ["slurm/evaluate.sh", "run", "--shards", str(shard_set)]
+
+    fits = cluster.submit(*command, **settings)
+    assert cluster.wait(fits) == "COMPLETED", cluster.log(fits)
+    copied = re.search(r"copied .*, 2 MB, to (\S+)", cluster.log(fits))
+    assert copied
+    end = f"[run]\n[--shards]\n[{shard_set}]\n[--workers]\n[0]\n"
+    assert cluster.log(fits).endswith(f"{end}[--shards]\n[{copied[1]}]\n")  # the last one counts
+
+    with (shard_set / "train-1.tar").open("r+b") as file:
+        file.truncate(2**26)
+    full = cluster.submit("--nodes=2", *command, **settings)
+    assert cluster.wait(full) == "COMPLETED", cluster.log(full)
+    for node in ("node1", "node2"):
+        assert f"xcon: {node}: not copied, {shard_set} has 65 MB and {cluster.local} 6" in cluster.log(full)
+        assert [name for name in cluster.local_files(node) if not name.endswith(".lock")] == []
+    assert cluster.log(full).count(end) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "shards"),
     [
