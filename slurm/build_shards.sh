@@ -1,7 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name=xcon-shards
 #SBATCH --nodes=1 --ntasks=1 --cpus-per-task=8 --mem=16G --time=6:00:00
-#SBATCH --output=%x-%j.out --open-mode=append --requeue
+#SBATCH --output=%x-%j.out --open-mode=append --requeue --kill-on-invalid-dep=yes
 # Builds a shard set on a compute node, or on many: each task of an array makes a part of the shards, and the last to
 # end writes the card. From the top of the repository:
 #   sbatch [--array=0-7] slurm/build_shards.sh SOURCE --out DIR [...]

@@ -1,11 +1,11 @@
 #!/bin/bash
 #SBATCH --job-name=xcon-finetune
 #SBATCH --nodes=1 --ntasks-per-node=1 --cpus-per-task=16 --mem=64G --time=24:00:00
-#SBATCH --output=%x-%j.out --open-mode=append --requeue
+#SBATCH --output=%x-%j.out --open-mode=append --requeue --signal=USR1@300 --kill-on-invalid-dep=yes
 # Fine-tuning on one node or many. From the top of the repository:
 #   sbatch [--nodes=2 --gres=gpu:4 ...] slurm/finetune.sh RECIPE --shards DIR [--init RUN] --out RUN [--field value ...]
 # The arguments are those of xcon/finetune.py; submitted again, or requeued, the job goes on from RUN's last checkpoint.
 # Site, container and strategy: see slurm/site.sh.
 set -euo pipefail
-source slurm/site.sh || { echo "submit from the top of the repository" >&2 && exit 2; }
-train xcon/finetune.py "$@"
+source slurm/job.sh || { echo "submit from the top of the repository" >&2 && exit 2; }
+run xcon/finetune.py "$@"

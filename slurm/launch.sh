@@ -1,26 +1,41 @@
 #!/bin/bash
-# What `srun` starts once on every node: one Accelerate launcher, which starts a process per GPU, or one on a node
-# without. Everything that differs between nodes ($SLURM_NODEID) is evaluated here, on the node.
+# What `srun` starts once on every node. It becomes one Accelerate launcher, which starts a process per GPU, or one on
+# a node without; or COMMAND itself. Everything that differs between nodes ($SLURM_NODEID) is evaluated here, on the node.
+#
+# SLURM signals every process of a step, launchers and helpers too. SIGTERM and SIGUSR1 are for the trainers, which save
+# and stop; all others ignore them: what is ignored here stays so in every process, except where it is handled.
 set -euo pipefail
 source slurm/site.sh
+source slurm/stage.sh
+trap '' TERM USR1
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torch's launcher would handle SIGTERM: it kills after 30 s
 
-config=${XCON_ACCELERATE_CONFIG:-accelerate_configs/ddp.yaml}
-nodes=$SLURM_NNODES
 share_cores
-
-rendezvous=()
-if ((nodes > 1)); then # alone, c10d would take one and the same port in every job
-  rendezvous=(--rdzv_backend c10d --main_process_ip "$XCON_HEAD")
-fi
+nodes=$SLURM_NNODES
 
 case " $* " in # a number given by the user wins
   *" --workers "* | *" --workers="*) ;;
   *) set -- "$@" --workers "$workers" ;;
 esac
 
-echo "xcon: node $((SLURM_NODEID + 1)) of $nodes ($(hostname)), $processes process(es)," \
-  "$OMP_NUM_THREADS thread(s) each, $config, restart ${SLURM_RESTART_COUNT:-0}"
-become accelerate launch --config_file "$config" \
-  --num_machines "$nodes" --num_processes $((nodes * processes)) --machine_rank "$SLURM_NODEID" \
-  "${rendezvous[@]}" --main_process_port $((10000 + SLURM_JOB_ID % 10000)) \
-  "$@"
+if [ -n "$XCON_STAGE" ]; then
+  stage "$(shards_of "$@")"
+  if [ -n "$copy" ]; then set -- "$@" --shards "$copy"; fi # the last one counts
+fi
+
+launcher=()
+if [[ $1 == *.py ]]; then
+  config=${XCON_ACCELERATE_CONFIG:-accelerate_configs/ddp.yaml}
+  launcher=(
+    accelerate launch --config_file "$config"
+    --num_machines "$nodes" --num_processes $((nodes * processes)) --machine_rank "$SLURM_NODEID"
+    --main_process_port $((10000 + SLURM_JOB_ID % 10000)) # each task of an array has its own job id, too
+  )
+  if ((nodes > 1)); then # alone, c10d would take one and the same port in every job
+    launcher+=(--rdzv_backend c10d --main_process_ip "$XCON_HEAD")
+  fi
+fi
+
+echo "xcon: node $((SLURM_NODEID + 1)) of $nodes ($(hostname)), ${launcher:+$processes process(es), $config,}" \
+  "$OMP_NUM_THREADS thread(s), $workers worker(s), restart ${SLURM_RESTART_COUNT:-0}"
+become "${launcher[@]}" "$@"

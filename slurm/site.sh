@@ -11,9 +11,14 @@
 # Settings, all from the environment (sbatch hands it on to the job):
 #   XCON_SITE                greene, torch or other; default: SLURM's name for the cluster (not verified at NYU: set it)
 #   XCON_IMAGE               Apptainer/Singularity image to run in, a path or a name in the site's folder; default: none
-#   XCON_OVERLAY             its read-only overlay with the Python environment
+#   XCON_OVERLAY             its read-only overlay with the Python environment: an .ext3 or a squashed .sqf
 #   XCON_ENV                 the file to source for that environment; default: .venv/bin/activate, in an image /ext3/env.sh
 #   XCON_ACCELERATE_CONFIG   the strategy; default: accelerate_configs/ddp.yaml
+#   XCON_STAGE               folder on the nodes' own disks that shards are copied to; default: $SLURM_TMPDIR, where a site
+#                            sets it, else no copy is made; empty: no copy
+#   XCON_JOBS                folder that all nodes see, for a job's notes on why it stopped; default: slurm/jobs
+#   XCON_MAX_RESTARTS        how often a job that was stopped goes back into the queue; default: 50
+#   XCON_MAX_IDLE            how often in a row without having got any further; default: 3
 #   SCRATCH                  large fast storage for the caches; default on NYU's clusters: /scratch/$USER
 
 XCON_SITE=${XCON_SITE:-${SLURM_CLUSTER_NAME:-other}}
@@ -39,19 +44,28 @@ if [ -n "$scratch" ]; then
   export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$scratch/xcon-cache/xdg}
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/xcon-cache/triton}
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$scratch/xcon-cache/torch-extensions}
+  export APPTAINER_CACHEDIR=${APPTAINER_CACHEDIR:-$scratch/xcon-cache/apptainer}
+  export SINGULARITY_CACHEDIR=${SINGULARITY_CACHEDIR:-$APPTAINER_CACHEDIR}
 fi
 
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout, whatever version an image has installed
 export PYTHONSAFEPATH=1 # keeps xcon/ itself off sys.path, where its modules could shadow others
 export PYTHONUNBUFFERED=1
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   export HF_HUB_OFFLINE=1 # compute nodes may have no network; what a job needs is fetched before
 fi
 
+XCON_STAGE=${XCON_STAGE-${SLURM_TMPDIR:-}}
+XCON_JOBS=${XCON_JOBS:-slurm/jobs}
+XCON_MAX_RESTARTS=${XCON_MAX_RESTARTS:-50}
+XCON_MAX_IDLE=${XCON_MAX_IDLE:-3}
+
 container=()
 environment=${XCON_ENV:-.venv/bin/activate}
 if [ -n "${XCON_IMAGE:-}" ]; then
   [ -e "$XCON_IMAGE" ] || XCON_IMAGE=$images/$XCON_IMAGE
-  container=("$container_tool" exec --nv ${XCON_OVERLAY:+--overlay "$XCON_OVERLAY:ro"} "$XCON_IMAGE")
+  container=("$container_tool" exec --nv ${XCON_STAGE:+--bind "$XCON_STAGE"}
+    ${XCON_OVERLAY:+--overlay "$XCON_OVERLAY:ro"} "$XCON_IMAGE")
   environment=${XCON_ENV:-/ext3/env.sh}
 fi
 
@@ -77,17 +91,4 @@ share_cores() {
     export OMP_NUM_THREADS=$((cpus - workers))
     export CUDA_VISIBLE_DEVICES= # no GPU was allotted, so none is used, even if one can be seen
   fi
-}
-
-# Runs an entry point on all nodes of this job as one world: one task per node, each of them slurm/launch.sh.
-train() { # SCRIPT RECIPE [ARGUMENT ...]
-  if [ $# -lt 2 ]; then
-    echo "usage: sbatch slurm/$(basename "$1" .py).sh RECIPE --shards DIR --out RUN [--field value ...]" >&2
-    exit 2
-  fi
-  read -r XCON_HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export XCON_HEAD
-  # srun takes --cpus-per-task no longer from the job (SLURM 22.05 on): without it a step gets one core.
-  exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
-    bash slurm/launch.sh "$@"
 }

@@ -10,8 +10,8 @@
 #
 # Needs root on Linux. Every node has its own names, processes and network in kernel namespaces, and the machine's own
 # are left alone: a job that takes `localhost` for another node fails here as it would on a real cluster. The file
-# system is shared, as a cluster's is. Processors and memory are what the settings say, not what the machine has; a
-# GPU is a device node without a device.
+# system is shared, as a cluster's is, but for $MINISLURM_DIR/local, 64 MB of each node's own. Processors and memory are
+# what the settings say, not what the machine has; a GPU is a device node without a device.
 #
 # Settings: MINISLURM_DIR, MINISLURM_NODES, MINISLURM_CPUS, MINISLURM_MEM (MB), MINISLURM_GPUS (each per node),
 # MINISLURM_CONF (more lines for slurm.conf). Clusters in different folders can run side by side.
@@ -115,7 +115,7 @@ CONF
 
 configure() {
   local i
-  mkdir -p "$dir"/{state,log,gpu}
+  mkdir -p "$dir"/{state,log,gpu,local}
   chmod 755 "$dir"
   (umask 077 && head -c 1024 /dev/urandom >"$dir/munge.key")
   write_hosts >"$dir/hosts"
@@ -173,6 +173,7 @@ boot_node() { # NODE, called inside
 # Process 1 of a node.
 compute_node() { # NODE
   hostname "$1"
+  mount -t tmpfs -o size=64m none "$dir/local"
   slurmd -D &
   wait
   sleep infinity

@@ -281,7 +281,7 @@ def test_a_list_is_there_at_once() -> None:
     assert len(steps) == 20
 
 
-def test_a_part_that_is_done_waits_for_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_part_makes_no_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """And a folder keeps to the settings it was begun with."""
     out = tmp_path / "out"
     argv = [
@@ -303,7 +303,9 @@ def test_a_part_that_is_done_waits_for_the_others(tmp_path: Path, capsys: pytest
         step.done.touch()
     assert commands.run(reproduce.main, [*argv, "--task", "4"]) == 0  # seed 0: 0 and 1, seed 1: 2 and 3
     # Of inception those of two seeds, train and predict; of clip those of three, pre-training too: 4 + 9.
-    assert capsys.readouterr().out == "This part is done; the table waits for 13 steps of others.\n"
+    assert capsys.readouterr().out == (
+        "This part is done, 13 steps of others are not; without --task the table is made.\n"
+    )
     assert commands.run(reproduce.main, [*argv, "--task", "4", "--workers", "1", "--seeds", "4"]) == 0
     capsys.readouterr()
     assert commands.run(reproduce.main, [*argv[:-1], "6", "--task", "4", "--image-size", "64"]) == 2

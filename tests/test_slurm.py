@@ -1,13 +1,17 @@
 """The job scripts: linted, and run on a real SLURM of two nodes that tests/minislurm.sh starts here."""
 
+import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,18 +26,20 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.logs = folder / "logs"
         self.logs.mkdir()
+        self.local = folder / "cluster" / "local"  # each node's own disk
         self.settings = {
             "MINISLURM_DIR": str(folder / "cluster"),
             "XCON_ENV": str(BIN / "activate"),
+            "XCON_JOBS": str(folder / "jobs"),
             "SCRATCH": str(folder / "scratch"),
         }
 
-    def run(self, *command: str, **settings: str) -> str:
+    def run(self, *command: str, cwd: Path = ROOT, **settings: str) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("XCON_")}
         done = subprocess.run(
             [ROOT / "tests/minislurm.sh", *command],
             env=environment | self.settings | settings,
-            cwd=ROOT,
+            cwd=cwd,
             text=True,
             capture_output=True,
             check=False,
@@ -43,23 +49,44 @@ class Cluster:
 
     def submit(self, *arguments: str, **settings: str) -> str:
         """Submits with what a small machine can give; returns the job's id."""
-        options = ["--parsable", "--mem=4G", "--cpus-per-task=1", f"--output={self.logs}/%j.out"]
+        options = ["--parsable", "--mem=1G", "--cpus-per-task=1", f"--output={self.logs}/%j.out"]
         return self.run("exec", "sbatch", *options, *arguments, **settings).strip()
+
+    def jobs(self, *number: str) -> list[dict[str, str]]:
+        """What SLURM knows of a job, or of all."""
+        lines = self.run("exec", "scontrol", "show", "job", "--oneliner", *number).splitlines()
+        return [dict(field.split("=", 1) for field in line.split() if "=" in field) for line in lines]
+
+    def show(self, job: str) -> dict[str, str]:
+        """What SLURM knows of one job."""
+        (facts,) = self.jobs(job)
+        return facts
 
     def wait(self, job: str, seconds: float = 240) -> str:
         """Returns the state in which the job ended (`sbatch --wait` polls too seldom)."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            fields = self.run("exec", "scontrol", "show", "job", "--oneliner", job).split()
-            state = dict(field.split("=", 1) for field in fields if "=" in field)["JobState"]
+            state = self.show(job)["JobState"]
             if state in ENDED:
                 return state
             time.sleep(0.5)
         return f"still {state} after {seconds} s"
 
+    def local_files(self, node: str) -> list[str]:
+        """The files on the own disk of a node."""
+        found = self.run("exec", "srun", f"--nodelist={node}", "find", str(self.local), "-type", "f")
+        return [Path(file).name for file in found.splitlines()]
+
     def log(self, job: str) -> str:
         file = self.logs / f"{job}.out"
         return file.read_text() if file.exists() else "(no log)"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +114,7 @@ def test_scripts_pass_shellcheck():
     assert done.stdout + done.stderr == ""
 
 
-@pytest.mark.parametrize("script", ["build_shards", "pretrain", "finetune", "reproduce"])
+@pytest.mark.parametrize("script", ["build_shards", "pretrain", "finetune", "evaluate", "reproduce"])
 def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Path):
     done = subprocess.run(
         ["bash", ROOT / f"slurm/{script}.sh", "demo"],
@@ -98,21 +125,6 @@ def test_submitted_elsewhere_a_script_says_from_where(script: str, tmp_path: Pat
     )
     assert done.returncode == 2
     assert "submit from the top of the repository" in done.stderr
-
-
-def test_reproduce_is_an_array_job() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
-    done = subprocess.run(
-        ["bash", "slurm/reproduce.sh", "--size", "laptop", "--shards", "none", "--out", "none"],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("no task of an array: sbatch --array=0-20 slurm/reproduce.sh ")
-    assert done.stderr.count("\n") == 1
 
 
 def task(number: int, first: int, last: int, count: int) -> dict[str, str]:
@@ -165,6 +177,29 @@ def test_a_part_of_an_array_says_of_how_many_tasks_it_is_one(array: dict[str, st
     )
 
 
+def test_the_image_has_what_the_package_needs():
+    """Apptainer, which builds it, wants a network; checked here is that it copies all that it installs."""
+    text = (ROOT / "slurm/xcon.def").read_text()
+    header, *rest = re.split(r"^%(\w+)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    assert list(sections) == ["files", "post", "environment", "test", "runscript"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    base = re.search(r"^Bootstrap: docker\nFrom: python:(\d)\.(\d+)-slim-\w+$", header, flags=re.MULTILINE)
+    assert base
+    assert project["project"]["requires-python"] == f">={base[1]}.{base[2]}"
+    needed = [*project["project"]["license-files"], project["project"]["readme"], "pyproject.toml"]
+    needed += project["tool"]["setuptools"]["packages"]
+    copied = dict(line.split() for line in sections["files"].splitlines() if line)
+    assert copied == {name: f"/opt/xcon/{name}" for name in needed}
+    assert all((ROOT / name).exists() for name in copied)
+    for name in project["project"]["scripts"]:
+        assert f"/opt/venv/bin/{name} --help\n" in sections["test"]
+    for section in ("post", "environment", "test", "runscript"):
+        checked = [BIN / "shellcheck", "--shell=sh", "--exclude=SC1091", "-"]
+        done = subprocess.run(checked, input=sections[section], text=True, capture_output=True, check=False)
+        assert done.stdout + done.stderr == ""
+
+
 def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
     """`singularity` is a stand-in that shows how it was called."""
     singularity = tmp_path / "singularity"
@@ -177,6 +212,7 @@ def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_director
         "SLURM_JOB_ID": "1",
         "XCON_IMAGE": "cuda 12.sif",
         "XCON_OVERLAY": "/scratch/me/env.ext3",
+        "SLURM_TMPDIR": "/local disk",
     }
     done = subprocess.run(
         ["bash", "-euc", 'source slurm/site.sh; become xcon --note "two  words"'],
@@ -188,7 +224,7 @@ def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_director
     )
     image = "/scratch/work/public/singularity/cuda 12.sif"
     assert done.stdout.splitlines() == [
-        *("exec", "--nv", "--overlay", "/scratch/me/env.ext3:ro", image),
+        *("exec", "--nv", "--bind", "/local disk", "--overlay", "/scratch/me/env.ext3:ro", image),
         *("bash", "-c", 'source "$0" && exec "$@"', "/ext3/env.sh", "xcon", "--note", "two  words"),
         *("/scratch/me/xcon-cache/huggingface", "1"),
     ]
@@ -236,82 +272,382 @@ def test_every_node_starts_its_launcher(cluster: Cluster, tmp_path: Path, layout
             *(layout.threads, layout.devices),
             *("launch", "--config_file", "accelerate_configs/ddp.yaml"),
             *("--num_machines", str(layout.nodes), "--num_processes", str(layout.processes)),
-            *("--machine_rank", str(rank), *meet, "--main_process_port", str(10000 + int(job))),
+            *("--machine_rank", str(rank), "--main_process_port", str(10000 + int(job)), *meet),
             *("xcon/pretrain.py", *arguments, *layout.workers),
         ]
 
 
+# --------------------------------------------------------------------------------------------------------
+# Stopped jobs, with a stand-in for the trainer
+
+# Ends well in its last run; in those before it waits for a signal, unless it stops by itself, saves and says so.
+STAND_IN = """#!{python}
+import os, signal, sys, time
+from pathlib import Path
+
+heard = []
+for one in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(one, lambda number, frame: heard.append(signal.Signals(number).name))
+(what,) = {{"waits", "stops", "fails"}} & set(sys.argv)
+restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+print("running", what, flush=True)
+if what == "fails":
+    sys.exit(3)
+while what == "waits" and restart == 0 and not heard:
+    time.sleep(0.02)
+if what == "waits" and restart == 0 or what == "stops":
+    time.sleep(1)  # more may come while it saves
+    print("heard", *heard, flush=True)
+    if os.environ["SLURM_NODEID"] == "0":
+        Path(os.environ["XCON_STOPPED"]).write_text("step 5\\n")
+    sys.exit(75)
+"""
+
+
 @pytest.mark.slurm
-def test_shards_then_pretraining_then_finetuning(cluster: Cluster, tmp_path: Path):
-    shards, pretrained, tuned = tmp_path / "shards", tmp_path / "pre trained", tmp_path / "tuned"
-    small = ["--epochs", "1", "--batch-size", "16", "--image-size", "32", "--precision", "fp32"]
+def test_stopped_jobs_come_back_where_that_leads_somewhere(cluster: Cluster, tmp_path: Path):
+    for name in ("accelerate", "xcon"):
+        (tmp_path / name).write_text(STAND_IN.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
 
-    def after(job: str) -> list[str]:
-        return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
+    def submit(what: str, script: str = "pretrain", *options: str, **settings: str) -> str:
+        settings["XCON_ENV"] = str(tmp_path / "env")
+        more = ["--nodes=2"] if script == "pretrain" else []
+        return cluster.submit(*more, *options, f"slurm/{script}.sh", what, **settings)
 
-    build = cluster.submit(
-        *("slurm/build_shards.sh", "synthetic", "--out", str(shards)),
-        *("--classes", "6", "--per-class", "24", "--val-per-class", "2"),
-    )
-    pretrain = cluster.submit(
-        *("--nodes=2", *after(build), "slurm/pretrain.sh", "demo"),
-        *("--shards", str(shards), "--out", str(pretrained), *small),
-    )
-    finetune = cluster.submit(
-        *("--nodes=2", *after(pretrain), "slurm/finetune.sh", "demo"),
-        *("--shards", str(shards), "--init", str(pretrained), "--out", str(tuned), *small),
-    )
-    for job in (build, pretrain, finetune):
+    told, cancelled, failed = submit("waits"), submit("waits"), submit("fails")
+    restless = submit("stops", XCON_MAX_IDLE="2")
+    bounded = submit("stops", XCON_MAX_RESTARTS="0")
+    array = submit("waits", "reproduce", "--array=0-1", f"--output={cluster.logs}/%A_%a.out")
+    for job, tasks in ((told, 2), (cancelled, 2), (f"{array}_0", 1), (f"{array}_1", 1)):
+        wait_until(lambda job=job, tasks=tasks: cluster.log(job).count("running") == tasks)
+    cluster.run("exec", "scancel", "--signal=USR1", told)
+    cluster.run("exec", "scancel", cancelled)
+    # The job id of an array's last task is the number of the array: no other task may come back with it.
+    cluster.run("exec", "scancel", "--signal=USR1", f"{array}_1")
+
+    again = "xcon: stopped at step 5; back into the queue, restart 1 of at most 50"
+    for job in (told, f"{array}_1"):
         assert cluster.wait(job) == "COMPLETED", cluster.log(job)
-    for job, run in ((pretrain, pretrained), (finetune, tuned)):
-        assert "node 1 of 2 (node1), 1 process(es)" in cluster.log(job)
-        assert "node 2 of 2 (node2), 1 process(es)" in cluster.log(job)
-        start, *steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert (start["event"], start["processes"]) == ("start", 2)
-        assert steps
-        assert (run / "model.safetensors").exists()
+        assert cluster.show(job)["Restarts"] == "1"
+        assert cluster.log(job).count("heard SIGUSR1") == (2 if job == told else 1)
+        assert again in cluster.log(job)
+    assert cluster.show(f"{array}_0")["JobState"] == "RUNNING"
+    cluster.run("exec", "scancel", f"{array}_0")
+
+    assert cluster.wait(cancelled) == "CANCELLED"
+    assert "heard SIGTERM" in cluster.log(cancelled)  # it saved, and said so
+    assert cluster.wait(failed) == "FAILED"
+    assert cluster.show(failed)["ExitCode"] == "3:0"
+    assert cluster.wait(bounded) == "FAILED"
+    assert "xcon: stopped at step 5; given up after 0 restarts (XCON_MAX_RESTARTS)\n" in cluster.log(bounded)
+    assert cluster.wait(restless) == "FAILED"
+    assert "xcon: stopped at step 5, 2 times in a row; given up (XCON_MAX_IDLE)\n" in cluster.log(restless)
+    assert cluster.show(restless)["Restarts"] == "1"
+    for job in (cancelled, failed, bounded, f"{array}_0"):
+        assert cluster.show(job)["Restarts"] == "0"
+        assert "back into the queue" not in cluster.log(job)
+    wait_until(lambda: not list(Path(cluster.settings["XCON_JOBS"]).iterdir()))  # all notes are thrown away
+
+
+# --------------------------------------------------------------------------------------------------------
+# Shards on the node's own disk
+
+
+def staging(code: str, *arguments: str | Path, disk: Path) -> list[str]:
+    """Lines that a piece of a job script prints."""
+    done = subprocess.run(
+        ["bash", "-euc", f"source slurm/stage.sh; {code}", "job", *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def shard_set(tmp_path: Path) -> Path:
+    """A folder that looks like one: two megabytes, and a card."""
+    folder = tmp_path / "shard set"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"train-{number}.tar").write_bytes(bytes([number]) * 2**20)
+    (folder / "dataset.json").write_text("{}")
+    return folder
+
+
+def test_a_copy_is_whole_and_made_once(shard_set: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    code = 'stage "$1"; echo "$copy"'
+    said, copy = staging(code, shard_set, disk=disk)
+    assert said.endswith(f": copied {shard_set}, 2 MB, to {copy}")
+    whole = {file.name: file.read_bytes() for file in shard_set.iterdir()}
+    assert {file.name: file.read_bytes() for file in Path(copy).iterdir()} == whole
+    assert staging(code, shard_set, disk=disk) == [copy]
+
+    with (Path(copy) / "train-1.tar").open("r+b") as file:  # a node that went down before all was on its disk
+        file.truncate(1000)
+    Path(f"{copy}.part").mkdir()
+    assert staging(code, shard_set, disk=disk) == [said, copy]
+    assert {file.name: file.read_bytes() for file in Path(copy).iterdir()} == whole
+    assert sorted(file.name for file in Path(copy).parent.iterdir()) == [
+        Path(copy).name,
+        f"{Path(copy).name}.lock",
+    ]
+
+    (shard_set / "dataset.json").write_text("{ }")  # another set in its place
+    assert staging(code, shard_set, disk=disk)[-1] != copy
+
+
+def test_jobs_of_a_node_share_a_copy_and_the_last_removes_it(shard_set: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    job = ["bash", "-euc", 'source slurm/stage.sh; stage "$1"; echo "$copy"; exec sleep 60', "job", shard_set]
+    settings = {"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)}
+    jobs = [subprocess.Popen(job, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        said = [process.stdout.readline() for process in jobs if process.stdout]
+        copier = next(number for number, line in enumerate(said) if ": copied " in line)
+        copy = Path(said[1 - copier].strip())
+        # By now it holds its share of the lock, too.
+        assert (jobs[copier].stdout or io.StringIO()).readline() == f"{copy}\n"
+        removal = 'remove "$1"'
+        staging(removal, shard_set, disk=disk)
+        assert copy.is_dir()
+        jobs[0].kill()
+        jobs[0].wait()
+        staging(removal, shard_set, disk=disk)
+        assert copy.is_dir()
+    finally:
+        for process in jobs:
+            process.kill()
+            process.communicate()
+    staging(removal, shard_set, disk=disk)
+    assert not copy.exists()
+
+
+def test_without_room_or_card_nothing_is_copied(shard_set: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    code = 'stage "$1"; echo "[$copy]"'
+    with (shard_set / "train-1.tar").open("r+b") as file:
+        file.truncate(8 * 2**40)  # a sparse file: 8 TB by its name, nothing on the disk
+    said, copy = staging(code, shard_set, disk=disk)
+    assert copy == "[]"
+    assert re.search(
+        rf": not copied, {shard_set} has 8388609 MB and {disk} \d+ MB free; it is read where it is$", said
+    )
+    assert [file.suffix for file in disk.rglob("*") if file.is_file()] == [".lock"]
+
+    (shard_set / "dataset.json").unlink()
+    assert staging(code, shard_set, disk=disk) == ["[]"]  # the command says what is wrong
 
 
 @pytest.mark.slurm
-def test_an_array_makes_the_table(cluster: Cluster, tiny_shards: Path, tmp_path: Path):
-    """Two parts, one per node; a third task has none. The last of the two to end makes the table of both."""
-    out = tmp_path / "the table"
-    job = cluster.submit(
-        *("--array=0-2", f"--output={cluster.logs}/%A_%a.out"),
-        *(
-            "slurm/reproduce.sh",
-            "--size",
-            "laptop",
-            "--shards",
-            str(tiny_shards),
-            "--out",
-            str(out),
-            "--seeds",
-            "1",
-        ),
-        *("--rows", "inception", "inception-meta", "--budget", "1"),
-        *("--backbone", "test_resnet", "--image-weights", "none", "--image-size", "32"),
-    )
-    assert cluster.wait(f"{job}_2") == "FAILED"
-    assert "xcon reproduce: --task 2: the parts are numbered 0 to 1 (see xcon reproduce --help)\n" in cluster.log(
-        f"{job}_2"
-    )
-    for task in (f"{job}_0", f"{job}_1"):
-        assert cluster.wait(task) == "COMPLETED", cluster.log(task)
-        assert f"xcon: task {task[-1]} on node" in cluster.log(task)
-    assert sum("the table waits for" in cluster.log(f"{job}_{n}") for n in (0, 1)) <= 1
+def test_a_job_says_where_its_shards_did_not_fit(cluster: Cluster, shard_set: Path, tmp_path: Path):
+    """The nodes' own disks have 64 MB."""
+    (tmp_path / "accelerate").write_text('#!/bin/bash\nprintf "[%s]\\n" "$@"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
+    settings = {"XCON_ENV": str(tmp_path / "env"), "XCON_STAGE": str(cluster.local)}
+    command = ["slurm/evaluate.sh", "run", "--shards", str(shard_set)]
 
-    image, channels = json.loads((out / "results.json").read_text())["rows"]
+    fits = cluster.submit(*command, **settings)
+    assert cluster.wait(fits) == "COMPLETED", cluster.log(fits)
+    copied = re.search(r"copied .*, 2 MB, to (\S+)", cluster.log(fits))
+    assert copied
+    end = f"[run]\n[--shards]\n[{shard_set}]\n[--workers]\n[0]\n"
+    assert cluster.log(fits).endswith(f"{end}[--shards]\n[{copied[1]}]\n")  # the last one counts
+
+    with (shard_set / "train-1.tar").open("r+b") as file:
+        file.truncate(2**26)
+    full = cluster.submit("--nodes=2", *command, **settings)
+    assert cluster.wait(full) == "COMPLETED", cluster.log(full)
+    for node in ("node1", "node2"):
+        assert f"xcon: {node}: not copied, {shard_set} has 65 MB and {cluster.local} 6" in cluster.log(full)
+        assert [name for name in cluster.local_files(node) if not name.endswith(".lock")] == []
+    assert cluster.log(full).count(end) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shards"),
+    [
+        (["xcon/pretrain.py", "demo", "--shards", "a b", "--out", "c"], "a b"),
+        (["demo", "--shards=a", "--out", "c"], "a"),
+        (["demo", "--shards", "a", "--shards", "b"], "b"),
+        (["demo", "--out", "c"], ""),
+        (["demo", "--shards"], ""),
+    ],
+)
+def test_the_shards_of_a_command(arguments: list[str], shards: str, tmp_path: Path):
+    assert staging('shards_of "$@"', *arguments, disk=tmp_path) == [shards]
+
+
+# --------------------------------------------------------------------------------------------------------
+# The commands of the cluster page and of the README, and what disturbs them
+
+SIZE = ("--batch-size", "16", "--image-size", "32", "--precision", "fp32")
+NETWORK = ("--image-backbone", "test_resnet", "--image-weights", "none")
+PRETRAIN = (*SIZE, *NETWORK, "--text-model", "small-distilbert", "--epochs", "8", "--log-every", "1")
+# What a command is given, so that it has less to do; nothing else of it is changed.
+SMALL = {
+    "build_shards": (),
+    "pretrain": (*PRETRAIN, "--checkpoint-every", "5"),
+    "finetune": (*SIZE, "--epochs", "1"),
+    "evaluate": (),
+    "reproduce": (
+        *("--size", "laptop", "--rows", "inception", "inception-meta", "--seeds", "1", "--budget", "1"),
+        *("--backbone", "test_resnet", "--image-weights", "none", "--image-size", "32"),
+    ),
+}
+# In place of sbatch: no GPUs, two tasks in an array, few cores and little memory.
+SBATCH = """#!{python}
+import os, re, sys
+from pathlib import Path
+
+words = [re.sub("^--array=.*", "--array=0-1", word) for word in sys.argv[1:] if not word.startswith("--gres=")]
+(script,) = [word for word in words if word.endswith(".sh")]
+os.execv("/usr/bin/sbatch", ["sbatch", "--mem=1G", "--cpus-per-task=1", *words, *{small!r}[Path(script).stem]])
+"""
+
+
+def submissions(page: str) -> list[str]:
+    """The lines of a page that submit jobs."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if "sbatch " in line]
+
+
+def test_the_readme_submits_what_the_cluster_page_does():
+    def plain(line: str) -> list[str]:
+        line = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line)
+        own = ("--parsable", "--dependency=", "--array=0-7")
+        return sorted(word for word in shlex.split(line) if not word.startswith(own))
+
+    page = [plain(line) for line in submissions("docs/clusters.md")]
+    assert len(page) == 6
+    assert [line for line in submissions("README.md") if plain(line) not in page] == []
+
+
+class Chain(NamedTuple):
+    """What all commands of the cluster page left behind."""
+
+    folder: Path
+    logs: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Runs them in a checkout's folder with a small made-up release in place of NABirds."""
+    here = tmp_path_factory.mktemp("a checkout")
+    for name in ("xcon", "shards", "slurm", "accelerate_configs"):
+        (here / name).symlink_to(ROOT / name)
+    release = ["--classes", "6", "--per-class", "24", "--val-per-class", "2", "--keep-source", "r/nabirds"]
+    subprocess.run([BIN / "xcon-shards", "build", "synthetic", "--out", "r/set", *release], cwd=here, check=True)
+    (here / "r/nabirds/nabirds_with_loc_2019.json").rename(here / "nabirds_with_loc_2019.json")
+    subprocess.run(["tar", "czf", "nabirds.tar.gz", "-C", "r", "nabirds"], cwd=here, check=True)
+    (here / "bin").mkdir()
+    (here / "bin/sbatch").write_text(SBATCH.format(python=sys.executable, small=SMALL))
+    (here / "bin/sbatch").chmod(0o755)
+    commands = "\n".join(submissions("docs/clusters.md"))
+    settings = {"PATH": f"{here}/bin:{os.environ['PATH']}", "XCON_STAGE": str(cluster.local)}
+    cluster.run("exec", "bash", "-euc", commands, cwd=here, **settings)
+
+    def ours() -> list[dict[str, str]]:
+        return [job for job in cluster.jobs() if job["WorkDir"] == str(here).split()[0]]
+
+    wait_until(lambda: all(job["JobState"] in ENDED for job in ours()), seconds=600)
+    logs: dict[str, list[str]] = {}
+    for file in here.glob("*.out"):
+        logs.setdefault(file.name.split("-")[1], []).append(file.read_text())
+    assert {job["JobState"] for job in ours()} == {"COMPLETED"}, logs
+    return Chain(here, logs)
+
+
+def lines(run: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of a run's log without what differs between two equal runs."""
+    every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in every if line["event"] == event]
+
+
+@pytest.mark.slurm
+def test_every_command_of_the_cluster_page(chain: Chain):
+    """Two nodes took part where two were asked for; the table is of what was measured."""
+    runs = chain.folder / "runs"
+    assert {name: len(logs) for name, logs in chain.logs.items()} == {
+        "shards": 2,
+        "pretrain": 1,
+        "finetune": 1,
+        "evaluate": 1,
+        "reproduce": 3,
+    }
+    for name in ("pretrain", "evaluate"):
+        for node in (1, 2):
+            assert f"node {node} of 2 (node{node}), 1 process(es)" in chain.logs[name][0]
+    assert lines(runs / "pretrain", "start")[0]["processes"] == 2
+    assert len(lines(runs / "pretrain", "train")) == 48
+    assert "each evaluated once, by 2 process(es)" in chain.logs["evaluate"][0]
+    assert json.loads((runs / "paper/metrics.json").read_text())["n"] == 36
+
+    image, channels = json.loads((runs / "table/results.json").read_text())["rows"]
     assert [row["label"] for row in (image, channels)] == ["image only", "+ meta channels"]
-    for row, run in ((image, out / "inception-0"), (channels, out / "inception-meta-0")):
+    for row, run in ((image, runs / "table/inception-0"), (channels, runs / "table/inception-meta-0")):
         measured = json.loads((run / "metrics.json").read_text())
         assert (row["n"], row["top1"]["mean"]) == (measured["n"], measured["top1"])
         assert json.loads((run / "config.json").read_text())["workers"] == 0  # of one core
+    assert sum("without --task the table is made" in log for log in chain.logs["reproduce"]) == 2
 
 
 @pytest.mark.slurm
-def test_a_wrong_recipe_fails_the_job_and_is_named_in_its_log(cluster: Cluster, tmp_path: Path):
-    job = cluster.submit("slurm/pretrain.sh", "dmeo", "--shards", "none", "--out", str(tmp_path / "run"))
-    assert cluster.wait(job) == "FAILED"
-    assert [line for line in cluster.log(job).splitlines() if "no recipe 'dmeo': one of paper, clip" in line]
-    assert not (tmp_path / "run").exists()
+def test_every_node_reads_from_its_own_disk_and_leaves_it_empty(chain: Chain, cluster: Cluster):
+    everything = "".join(log for logs in chain.logs.values() for log in logs)
+    for node in ("node1", "node2"):
+        assert f"xcon: {node}: copied data/nabirds, " in everything
+        assert [name for name in cluster.local_files(node) if not name.endswith(".lock")] == []
+    for run in ("pretrain", "paper", "table/inception-0"):
+        config = json.loads((chain.folder / "runs" / run / "config.json").read_text())
+        assert config["shards"].startswith(f"{cluster.local}/")
+
+
+@pytest.mark.slurm
+def test_disturbed_runs_end_as_the_undisturbed_one(chain: Chain, cluster: Cluster, tmp_path: Path):
+    """A node that crashes, a job with a higher priority, a signal: all of the run is there, to the bit."""
+    crashed, preempted, signalled = (tmp_path / name for name in ("crashed", "preempted", "signalled"))
+
+    def submit(run: Path, *options: str) -> str:
+        arguments = ["--shards", str(chain.folder / "data/nabirds"), "--out", str(run), *SMALL["pretrain"]]
+        return cluster.submit("--nodes=2", *options, "slurm/pretrain.sh", "paper", *arguments)
+
+    def under_way(run: Path) -> bool:
+        return (run / "metrics.jsonl").exists() and len(lines(run, "train")) > 5
+
+    def interrupted(run: Path) -> None:
+        assert not lines(run, "end"), "it was done before it was disturbed"
+
+    jobs = {crashed: submit(crashed, "--partition=urgent")}
+    wait_until(lambda: under_way(crashed))
+    cluster.run("crash", "node2")
+    interrupted(crashed)
+    wait_until(lambda: cluster.show(jobs[crashed])["Restarts"] == "1", seconds=60)
+    cluster.run("boot", "node2")
+
+    jobs |= {preempted: submit(preempted), signalled: submit(signalled, "--partition=urgent")}
+    wait_until(lambda: under_way(preempted))
+    # Six of the eight cores of each node: they are free only without the job that may be preempted.
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--cpus-per-task=6", "--wrap", "sleep 1")
+    interrupted(preempted)
+    wait_until(lambda: under_way(signalled))
+    cluster.run("exec", "scancel", "--signal=USR1", jobs[signalled])
+    interrupted(signalled)
+
+    reference = chain.folder / "runs/pretrain"
+    for run, job in jobs.items():
+        assert cluster.wait(job) == "COMPLETED", cluster.log(job)
+        assert cluster.show(job)["Restarts"] == "1"
+        assert cluster.log(job).count("train 1/48 ") == 1  # it went on, and did not begin again
+        for event in ("train", "val", "end"):
+            assert lines(run, event) == lines(reference, event)
+        assert (run / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+        assert [line["signal"] for line in lines(run, "stop")] == ([] if run == crashed else ["SIGUSR1"])
+    assert cluster.wait(urgent) == "COMPLETED"

@@ -4,8 +4,8 @@
     sbatch --array=0-20 slurm/reproduce.sh --shards DIR --out DIR         # each task does a part of it
 
 Each step is a command that you could type; --list shows them all. What is done already is not done again, and what
-was interrupted goes on from its last checkpoint. With the last step the table is made: results.md, .json, .parquet
-and .png in --out; tasks that end together may both make it, the same one, and each file is replaced whole.
+was interrupted goes on from its last checkpoint. After the last step comes the table: results.md, .json, .parquet
+and .png in --out. Tasks make none: the same command without --task does, and whatever they left open.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Settings:
     launch: str = ""
     """What trainings are started with, as in --launch "accelerate launch --num_processes 4"."""
     task: int | None = None
-    """Only this part of the work, from 0 on: a task of an array job; --list says how many there are."""
+    """Only this part of the work, from 0 on, as a task of an array job, and no table; --list counts the parts."""
     list: bool = False
     """Show the steps and whether they are done; run nothing."""
 
@@ -122,8 +122,9 @@ def reproduce() -> None:
     (settings.out / "logs").mkdir(parents=True, exist_ok=True)
     jobs.keep(settings.out / "settings.json", vars(settings), may_change=MAY_CHANGE)
     jobs.run(mine, logs=settings.out / "logs", at_once=settings.at_once, console=console)
-    if missing := [step for step in steps_of(settings, parts) if not step.is_done]:
-        console.print(f"This part is done; the table waits for {len(missing)} steps of others.")
+    if settings.task is not None:
+        others = sum(not step.is_done for step in steps_of(settings, parts))
+        console.print(f"This part is done, {others} steps of others are not; without --task the table is made.")
         return
     for test in ("", *settings.test):
         folders, names, titles = evaluations(settings, test)
