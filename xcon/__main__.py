@@ -12,6 +12,7 @@ COMMANDS = {
     "map": "xcon.maps",
     "reproduce": "xcon.reproduce",
     "demo": "xcon.demo",
+    "prefetch": "xcon.prefetch",
 }
 
 
