@@ -261,6 +261,6 @@ def test_needs_follow_recipes_and_settings() -> None:
         ("demo",): [],
     }
     for names, expected in needs.items():
-        assert prefetch.needs(prefetch.Settings(names)) == expected
-    other = prefetch.Settings(("paper",), text_model="my/text", image_backbone="my_net")
-    assert prefetch.needs(other) == [("--image-backbone", "my_net"), ("--text-model", "my/text")]
+        assert hub.needs(names) == expected
+    other = hub.needs(["paper"], text_model="my/text", image_backbone="my_net")
+    assert other == [("--image-backbone", "my_net"), ("--text-model", "my/text")]

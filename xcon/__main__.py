@@ -13,6 +13,7 @@ COMMANDS = {
     "reproduce": "xcon.reproduce",
     "demo": "xcon.demo",
     "prefetch": "xcon.prefetch",
+    "doctor": "xcon.doctor",
 }
 
 

@@ -7,10 +7,11 @@ was fetched, so that a node without a network can be told what it has.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HTTPError,
@@ -19,11 +20,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.hf_api import RepoFile
 
-from xcon.config import read_json
+from xcon import recipes
+from xcon.config import BACKBONE, WEIGHTS, FinetuneConfig, PretrainConfig, read_json
+from xcon.encoders import SMALL_TEXT
 from xcon.records import atomic_write
 
 MANIFEST_NAME = "xcon-prefetch.json"
 FORMAT = "xcon-prefetch/1"
+IMAGE, TEXT = "--image-backbone", "--text-model"  # the settings that name models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,68 @@ def path_of(model: Model, file: File) -> Path | None:
 def _cached(repo: str, name: str, revision: str) -> Path | None:
     path = try_to_load_from_cache(repo, name, revision=revision)
     return Path(path) if isinstance(path, str) else None
+
+
+# --------------------------------------------------------------------------------------------------------
+# What recipes need
+
+
+def needs(
+    names: Sequence[str], *, text_model: str | None = None, image_backbone: str | None = None
+) -> list[tuple[str, str]]:
+    """The settings that name models of the hub, each once, and what they name.
+
+    Args:
+        names: recipes of `xcon pretrain` and `xcon finetune`; one name means both.
+        text_model: given in place of the recipes' own.
+        image_backbone: likewise.
+    """
+    configs: list[PretrainConfig | FinetuneConfig] = []
+    for name in names:
+        configs += [book[name][1] for book in (recipes.PRETRAIN, recipes.FINETUNE) if name in book]
+    found = [(IMAGE, image_backbone)] if image_backbone else []
+    found += [(TEXT, text_model)] if text_model else []
+    for cfg in configs:
+        if not image_backbone and "image" in cfg.modalities and (cfg.image_weights or WEIGHTS) == WEIGHTS:
+            found.append((IMAGE, cfg.image_backbone or BACKBONE))
+        if not text_model and isinstance(cfg, PretrainConfig) and "text" in cfg.modalities:
+            found.append((TEXT, cfg.text_model))
+    return [need for need in dict.fromkeys(found) if need[1] != SMALL_TEXT]
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a name means, as timm and transformers read it; None: it means a model of the hub."""
+    path = Path(name.removeprefix("local-dir:"))
+    return path.resolve() if path.is_dir() else None
+
+
+def timm_repo(backbone: str) -> str:
+    """The repository where timm looks for the weights of a network.
+
+    Raises:
+        ValueError: timm has no such network, or no weights of it on the hub.
+    """
+    if backbone.startswith("hf-hub:"):
+        return backbone.removeprefix("hf-hub:")
+    if not timm.is_model(backbone):
+        raise ValueError(f"{IMAGE} {backbone}: timm has no such network")
+    facts = timm.models.get_pretrained_cfg(backbone)
+    if facts is None or not facts.hf_hub_id:
+        raise ValueError(
+            f"{IMAGE} {backbone}: timm has no weights of it on the hub; take another, --image-weights none, or "
+            "--image-weights FILE.safetensors"
+        )
+    return str(facts.hf_hub_id)
+
+
+def missing(needed: Sequence[tuple[str, str]], fetched: Mapping[str, Model]) -> list[str]:
+    """A line for each of `needs` that was not fetched."""
+    found = []
+    for setting, name in needed:
+        repo = timm_repo(name) if setting == IMAGE else name
+        if not local_folder(name) and repo not in fetched:
+            found.append(f"{setting} {name}: {repo} was not fetched")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -10,17 +10,14 @@ What was fetched stands in HF_HOME/xcon-prefetch.json: repository, commit, files
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Annotated
 
-import timm
 import tyro
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from xcon import commandline, encoders, hub, recipes
-from xcon.config import BACKBONE, WEIGHTS, FinetuneConfig, PretrainConfig
+from xcon import commandline, hub, recipes
 
 PROGRAM = "xcon prefetch"
 # Of a text model: its settings, its tokenizer and safetensors; not what it is for other libraries.
@@ -62,68 +59,25 @@ def prefetch() -> None:
     """Parse, find what is needed, fetch or check it, say what there is."""
     settings = commandline.parse(Settings, PROGRAM)
     console = Console(highlight=False, soft_wrap=True)
-    needed = needs(settings)
+    needed = hub.needs(settings.recipes, text_model=settings.text_model, image_backbone=settings.image_backbone)
     if settings.check:
         check(needed, console)
         return
     models = []
     for setting, name in needed:
-        if place := local_folder(name):
+        if place := hub.local_folder(name):
             console.print(f"{setting} {name}: a folder here, nothing to fetch; jobs must see {place}")
             continue
-        models.append(fetch_image(setting, name) if setting == "--image-backbone" else fetch_text(setting, name))
+        models.append(fetch_image(setting, name) if setting == hub.IMAGE else fetch_text(setting, name))
         hub.write_down(models[-1])
     show(models, console)
     if not needed:
         console.print(f"{' '.join(settings.recipes)}: nothing of the hub is needed")
 
 
-def needs(settings: Settings) -> list[tuple[str, str]]:
-    """The settings that name models of the hub, each once, and the names."""
-    configs: list[PretrainConfig | FinetuneConfig] = []
-    for name in settings.recipes:
-        configs += [book[name][1] for book in (recipes.PRETRAIN, recipes.FINETUNE) if name in book]
-    found: list[tuple[str, str]] = []
-    if settings.image_backbone:
-        found.append(("--image-backbone", settings.image_backbone))
-    if settings.text_model:
-        found.append(("--text-model", settings.text_model))
-    for cfg in configs:
-        if not settings.image_backbone and "image" in cfg.modalities and (cfg.image_weights or WEIGHTS) == WEIGHTS:
-            found.append(("--image-backbone", cfg.image_backbone or BACKBONE))
-        if not settings.text_model and isinstance(cfg, PretrainConfig) and "text" in cfg.modalities:
-            found.append(("--text-model", cfg.text_model))
-    return [need for need in dict.fromkeys(found) if need[1] != encoders.SMALL_TEXT]
-
-
-def local_folder(name: str) -> Path | None:
-    """The folder that a name means, as timm and transformers read it; None: it means a model of the hub."""
-    path = Path(name.removeprefix("local-dir:"))
-    return path.resolve() if path.is_dir() else None
-
-
-def timm_repo(setting: str, backbone: str) -> str:
-    """The repository where timm looks for the weights of a network.
-
-    Raises:
-        ValueError: timm has no such network, or no weights of it on the hub.
-    """
-    if backbone.startswith("hf-hub:"):
-        return backbone.removeprefix("hf-hub:")
-    if not timm.is_model(backbone):
-        raise ValueError(f"{setting} {backbone}: timm has no such network")
-    facts = timm.models.get_pretrained_cfg(backbone)
-    if facts is None or not facts.hf_hub_id:
-        raise ValueError(
-            f"{setting} {backbone}: timm has no weights of it on the hub; take another, --image-weights none, or "
-            "--image-weights FILE.safetensors"
-        )
-    return str(facts.hf_hub_id)
-
-
 def fetch_image(setting: str, backbone: str) -> hub.Model:
     """A timm network's weights, and its settings where it is none of timm's own."""
-    repo = timm_repo(setting, backbone)
+    repo = hub.timm_repo(backbone)
     found = hub.listing(repo, setting=f"{setting} {backbone}")
     weights = [name for name in ("model.safetensors", "pytorch_model.bin") if name in found.files][:1]
     if not weights:
@@ -154,13 +108,7 @@ def check(needed: list[tuple[str, str]], console: Console) -> None:
         FileNotFoundError: there is no manifest.
     """
     models = hub.fetched()
-    wrong = []
-    for setting, name in needed:
-        repo = timm_repo(setting, name) if setting == "--image-backbone" else name
-        if not local_folder(name) and repo not in models:
-            wrong.append(f"{setting} {name}: {repo} was not fetched")
-    for model in models.values():
-        wrong += hub.problems(model)
+    wrong = [*hub.missing(needed, models), *(line for model in models.values() for line in hub.problems(model))]
     show(list(models.values()), console)
     for line in wrong:
         commandline.say(line)
