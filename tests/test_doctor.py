@@ -150,6 +150,32 @@ def test_a_file_system_without_room_for_files(tmp_path: Path) -> None:
         is_wrong(inodes, "error", "more files fit", "du --inodes")
 
 
+@pytest.mark.parametrize(
+    ("name", "over", "under"),
+    [
+        (
+            "myquota",
+            "/home $HOME Yes/No 50.0GB/30.0K 8.96GB(17.91%)/33000(110.00%)",
+            "/scratch 5.0TB 0.8TB(15.84%)",
+        ),
+        ("quota", "/dev/vda 1200* 1000 2000 6days 12 0 0", "/dev/vdb 120 1000 2000 12 0 0"),
+    ],
+)
+def test_a_limit_that_is_near(
+    name: str, over: str, under: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tools are stand-ins: NYU's as its pages show it, Linux's as its manual page does."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert disks.quota().seen == "no tool here (myquota or quota)"
+    program = tmp_path / name
+    for lines, level in (([under], "ok"), ([under, over], "warning")):
+        program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+        program.chmod(0o755)
+        assert disks.quota().level == level
+    is_wrong(disks.quota(), "warning", f"{name}: {over}")
+    assert under not in disks.quota().seen
+
+
 def test_a_file_system_is_called_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mounted(tmp_path / "memory", "size=2g") as folder:
         (folder / "deep").mkdir()

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import re
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +26,7 @@ CHUNK = 8 * 2**20
 SLOW = 50e6  # bytes a second: a thousand photographs of 256 px are 20 MB, a checkpoint of recipe paper is 1 GB
 ROOM, LITTLE_ROOM = 1e9, 10e9  # bytes: for one such checkpoint; for a run of them
 FILES, FEW_FILES = 100, 10_000
+QUOTA_TOOLS = (("myquota",), ("quota", "--no-wrap"))  # NYU's; Linux's own
 DECODED = 32  # records of each split
 CACHES = {"HF_HOME": ".cache/huggingface", "TORCH_HOME": ".cache/torch", "TRITON_CACHE_DIR": ".triton/cache",
           "TORCH_EXTENSIONS_DIR": ".cache/torch_extensions"}  # fmt: skip
@@ -80,6 +84,25 @@ def _files(folder: Path) -> Finding:
         advice = "remove small files (`du --inodes`): caches and environments have many"
         return Finding("error" if facts.f_favail < FILES else "warning", "inodes", seen, advice)
     return Finding("ok", "inodes", seen)
+
+
+def quota() -> Finding:
+    """What the site's tool says of the user's limits; without one a reached limit shows as a write that fails."""
+    tool = next((tool for tool in QUOTA_TOOLS if shutil.which(tool[0])), None)
+    if tool is None:
+        return Finding("ok", "quota", f"no tool here ({' or '.join(words[0] for words in QUOTA_TOOLS)})")
+    said = subprocess.run(tool, text=True, capture_output=True, check=False).stdout
+    full = [" ".join(line.split()) for line in said.splitlines() if _is_near_limit(line)]
+    if full:
+        advice = "remove what is not needed: a reached limit ends a run at its next checkpoint"
+        return Finding("warning", "quota", f"{tool[0]}: {'; '.join(full)}", advice)
+    return Finding("ok", "quota", f"{tool[0]} shows nothing near a limit")
+
+
+def _is_near_limit(line: str) -> bool:
+    """Whether a line has a share of 90 % or more, or one of the stars by which `quota` marks what is over."""
+    shares = re.findall(r"(\d+(?:\.\d+)?)%", line)
+    return any(float(share) >= 90 for share in shares) or re.search(r"\d\*", line) is not None
 
 
 def _speed(folder: Path, mount: Mount) -> Finding:

@@ -27,6 +27,7 @@ from xcon.scheduler import Partition, Request
 PROGRAM = "xcon doctor"
 STYLES = {"ok": "default", "warning": "yellow", "error": "bold red"}
 LAUNCH_PORT = 29500  # accelerate launch's own
+ON_NODE = "SLURMD_NODENAME"  # set on the nodes of a job; not in the shell of salloc, which stays where it was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ def look(settings: Settings, partitions: Sequence[Partition], chosen: Partition 
     yield health.compilers()
     yield from health.launcher()
     yield from disks.run_folder(settings.out)
+    yield disks.quota()
     if settings.shards:
         yield from disks.shard_set(settings.shards)
     yield disks.caches(cluster=settings.slurm)
@@ -118,7 +120,7 @@ def look(settings: Settings, partitions: Sequence[Partition], chosen: Partition 
     if chosen:
         yield from scheduler.describe(partitions)
         yield scheduler.preemption(chosen.name)
-    yield network.name(several=job_nodes > 1)
+    yield network.name(several=job_nodes > 1 and ON_NODE in os.environ)
     yield from meetings(settings, job_nodes)
 
 
@@ -128,7 +130,8 @@ def meetings(settings: Settings, job_nodes: int) -> Iterator[Finding]:
     if job_nodes:
         number = 10000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # as slurm/launch.sh has it
         head = scheduler.first_node()
-        yield network.port(number)
+        if ON_NODE in os.environ:
+            yield network.port(number)
         yield network.meet_across("gloo", job_nodes, head, number)
         if gpus:
             yield network.meet_across("nccl", job_nodes, head, number)
