@@ -402,14 +402,14 @@ def test_a_request_is_a_share_of_a_node() -> None:
     """Of 128 CPUs, 2,048,000 MB (2,000 GB) and 8 GPUs: 2 GPUs are a quarter; the system has a tenth of memory."""
     node = Partition("h200", False, 16, 128, 2_048_000, 8, "h200", 168.0)
     ask = scheduler.propose(node, nodes=2, gpus=2, account="a", named=True)
-    line = ask.line("paper", Path("data/my birds"), Path("runs/x"))
+    line = ask.line("slurm/finetune.sh", "paper", Path("data/my birds"), Path("runs/x"))
     assert line == (
         "sbatch --account=a --partition=h200 --nodes=2 --gres=gpu:h200:2 --cpus-per-task=32 --mem=450G "
-        "--time=24:00:00 slurm/pretrain.sh paper --shards 'data/my birds' --out runs/x"
+        "--time=24:00:00 slurm/finetune.sh paper --shards 'data/my birds' --out runs/x"
     )
     short = Partition("cs", True, 100, 48, 192_000, 0, "", 0.5)
     ask = scheduler.propose(short, nodes=1, gpus=None, account="", named=True)
-    assert ask.line("demo", None, Path("run")) == (
+    assert ask.line("slurm/pretrain.sh", "demo", None, Path("run")) == (
         "sbatch --nodes=1 --cpus-per-task=48 --mem=168G --time=0:30:00 "
         "slurm/pretrain.sh demo --shards DIR --out run"
     )

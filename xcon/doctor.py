@@ -84,7 +84,8 @@ def examine() -> None:
             commandline.say(line(finding))  # at once, since a meeting that fails takes a minute
     if console.is_terminal:
         Console().print(table(found))
-    commandline.say(request.line(settings.recipe, settings.shards, settings.out))
+    script = "slurm/pretrain.sh" if settings.recipe in recipes.PRETRAIN else "slurm/finetune.sh"
+    commandline.say(request.line(script, settings.recipe, settings.shards, settings.out))
     if any(finding.level == "error" for finding in found):
         raise SystemExit(1)
 

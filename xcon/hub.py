@@ -105,17 +105,14 @@ def problems(model: Model) -> list[str]:
             found.append(f"{path}: {size:,} bytes, fetched were {file.size:,}: cut or edited")
         elif _digest(path) != file.sha256:
             found.append(f"{path}: its bytes are not those that were fetched (sha256 differs)")
-    if not found and _cached(model.repo, model.files[0].name, "main") != path_of(model, model.files[0]):
+    first = model.files[0].name
+    if not found and _cached(model.repo, first, "main") != _cached(model.repo, first, model.revision):
         found.append(f"{model.repo}: jobs would load another revision than {model.revision}, which was checked")
     return found
 
 
-def path_of(model: Model, file: File) -> Path | None:
-    """Where a file of a model lies; None where it is missing."""
-    return _cached(model.repo, file.name, model.revision)
-
-
 def _cached(repo: str, name: str, revision: str) -> Path | None:
+    """Where a file lies; None where it is missing."""
     path = try_to_load_from_cache(repo, name, revision=revision)
     return Path(path) if isinstance(path, str) else None
 

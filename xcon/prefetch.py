@@ -58,7 +58,7 @@ def main() -> None:
 def prefetch() -> None:
     """Parse, find what is needed, fetch or check it, say what there is."""
     settings = commandline.parse(Settings, PROGRAM)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     needed = hub.needs(settings.recipes, text_model=settings.text_model, image_backbone=settings.image_backbone)
     if settings.check:
         check(needed, console)

@@ -59,7 +59,7 @@ class Request:
     memory: int = 64
     hours: float = 24
 
-    def line(self, recipe: str, shards: Path | None, out: Path) -> str:
+    def line(self, script: str, recipe: str, shards: Path | None, out: Path) -> str:
         """The command, to be given at the top of the repository."""
         kind = f"{self.gpu_kind}:" if self.gpu_kind else ""
         words = [
@@ -70,7 +70,7 @@ class Request:
             *([f"--gres=gpu:{kind}{self.gpus}"] if self.gpus else []),
             *(f"--cpus-per-task={self.cpus}", f"--mem={self.memory}G"),
             f"--time={int(self.hours)}:{int(self.hours * 60) % 60:02}:00",
-            *("slurm/pretrain.sh", recipe, "--shards", str(shards or "DIR"), "--out", str(out)),
+            *(script, recipe, "--shards", str(shards or "DIR"), "--out", str(out)),
         ]
         return shlex.join(words)
 
