@@ -450,14 +450,18 @@ def test_on_a_cluster(cluster: test_slurm.Cluster, tiny_shards: Path, tmp_path: 
     assert line[1:6] == ["--nodes=2", "--gres=gpu:1", "--cpus-per-task=4", "--mem=3G", "--time=24:00:00"]
     cluster.run("exec", "sbatch", "--test-only", *line[1:])
 
-    trap = "from xcon import network; print(network.meet_across('gloo', 2, 'localhost', 23456, 5.0))"
-    doctor = shlex.join([str(BIN / "xcon"), "doctor", *words])
-    both = f"{doctor} && {shlex.join([str(BIN / 'python'), '-c', trap])}"
-    job = cluster.submit("--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", "--wrap", both, **home)
+    job = cluster.submit(
+        *("--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}"),
+        *("--wrap", shlex.join([str(BIN / "xcon"), "doctor", *words])),
+        **home,
+    )
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
     log = cluster.log(job)
     assert "ok      name: node1 is 10.77.0.1" in log
     assert f"port: {10000 + int(job)}, where processes meet, is free" in log
     assert "gloo: 2 process(es) on node1, node2 met" in log
-    assert "level='error'" in log
-    assert "rank 1 on node2" in log
+
+    trap = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "23456", "LOCAL_RANK": "0"}
+    step = ["srun", "--nodes=2", "--ntasks-per-node=1", "--mem=3G", str(BIN / "python"), "-c"]
+    printed = cluster.run("exec", *step, "from xcon import network; network.join()", "gloo", "3", **trap)
+    is_wrong(network.verdict("gloo", 2, printed, ""), "error", "rank 1 on node2: ", "firewall")
