@@ -74,7 +74,7 @@ def complaint(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 def test_fetched_on_a_login_node_a_job_trains_without_a_network(
     cache: Path, served: Hub, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """In a namespace without a network. With rates of zero the run has the weights that were served, to the bit."""
+    """In a namespace without network. With rates of zero the run has the weights that were served, to the bit."""
     refused = ["unshare", "--net"]
     if subprocess.run([*refused, "true"], check=False, capture_output=True).returncode:
         pytest.skip("kernel namespaces are needed to refuse the network, and this container has none")
