@@ -397,7 +397,8 @@ NETWORKS = [
         "imagenet offline",
         "finetune",
         lambda w: w.finetune("--image-weights", "imagenet"),
-        "ImageNet weights of test_resnet are not in the local cache",
+        "ImageNet weights of test_resnet are not in the local cache and the hub cannot be reached: `xcon prefetch "
+        "--image-backbone test_resnet` where there is a network",
     ),
     Case("no such network", "pretrain", lambda w: w.pretrain("--image-backbone", "resnot50"), "resnot50"),
     Case(
@@ -416,7 +417,7 @@ NETWORKS = [
         "no such text model",
         "pretrain",
         lambda w: w.pretrain("--text-model", "nobody/nothing"),
-        "--text-model nobody/nothing: no folder with a model, not in the local cache",
+        "`xcon prefetch --text-model nobody/nothing` where there is a network",
     ),
     Case(
         "text model in an empty folder",

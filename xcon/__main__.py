@@ -12,6 +12,8 @@ COMMANDS = {
     "map": "xcon.maps",
     "reproduce": "xcon.reproduce",
     "demo": "xcon.demo",
+    "prefetch": "xcon.prefetch",
+    "doctor": "xcon.doctor",
 }
 
 

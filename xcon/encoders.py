@@ -148,8 +148,9 @@ def _timm_network(backbone: str, options: Mapping[str, Any], *, pretrained: bool
         return timm.create_model(backbone, pretrained=pretrained, num_classes=0, **options)
     except OSError:
         raise FileNotFoundError(
-            f"ImageNet weights of {backbone} are not in the local cache and the hub cannot be reached: fetch "
-            "them where there is a network, or give --image-weights FILE.safetensors (or none)"
+            f"ImageNet weights of {backbone} are not in the local cache and the hub cannot be reached: "
+            f"`xcon prefetch --image-backbone {backbone}` where there is a network, or give --image-weights "
+            "FILE.safetensors (or none)"
         ) from None
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"--image-backbone {backbone}: timm refuses it ({error})") from None
@@ -351,7 +352,8 @@ def build_text(name: str, texts: Sequence[str]) -> tuple[TextEncoder, PreTrained
         except (OSError, ValueError):  # ValueError: a folder with something else in it
             raise FileNotFoundError(
                 f"--text-model {name}: no folder with a model, not in the local cache, and the hub cannot be "
-                f"reached or has no such model; fetch it where there is a network, or take {SMALL_TEXT}"
+                f"reached or has no such model; `xcon prefetch --text-model {name}` where there is a network, or "
+                f"take {SMALL_TEXT}"
             ) from None
     if network.config.is_encoder_decoder:
         raise ValueError(f"--text-model {name}: an encoder with a decoder; an encoder alone is needed")
