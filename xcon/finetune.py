@@ -31,6 +31,7 @@ from xcon import (
 )
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.classifier import Classifier
+from xcon.clock import Clock
 from xcon.config import FinetuneConfig
 from xcon.images import ImageSpec
 from xcon.loader import Records, Share, evaluation_loader, in_parts, make_loader, to_device
@@ -38,7 +39,7 @@ from xcon.losses import share_of_cross_entropies
 from xcon.model import ModelSpec
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
-from xcon.tracking import Clock, Silent, Tracker
+from xcon.tracking import Silent, Tracker
 
 # Legend: N records of the validation split, C classes.
 
@@ -130,7 +131,8 @@ def train() -> None:
     at = checkpoints.restore()
     steps = range(0) if at.exhausted(cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps)
-    tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
+    reports = accelerator.is_main_process
+    tracker = Tracker(cfg.out, step=at.step, total=total, workers=cfg.workers) if reports else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
 

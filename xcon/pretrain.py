@@ -26,6 +26,7 @@ from xcon import (
     recipes,
 )
 from xcon.checkpoint import Checkpoints, open_run
+from xcon.clock import Clock
 from xcon.config import PretrainConfig
 from xcon.loader import (
     Batch,
@@ -41,7 +42,7 @@ from xcon.model import ContrastiveModel, ModelSpec, Tower
 from xcon.objective import Objective, neighbour_top1
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
-from xcon.tracking import Clock, Silent, Tracker
+from xcon.tracking import Silent, Tracker
 
 # Legend: b rows of this process, N records of the validation split, C classes, D width of the shared space.
 
@@ -108,7 +109,8 @@ def train() -> None:
     at = checkpoints.restore()
     steps = range(0) if at.exhausted(cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps, captions=shared)
-    tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
+    reports = accelerator.is_main_process
+    tracker = Tracker(cfg.out, step=at.step, total=total, workers=cfg.workers) if reports else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
 
@@ -119,7 +121,7 @@ def train() -> None:
             wrapped.train()
             rows = to_device(batch, accelerator.device)
             optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total, decay=cfg.decay))
-            loss = functools.partial(objective.loss, rows)
+            loss = clock.loss(functools.partial(objective.loss, rows))
             inputs, at_once = objective.inputs(rows), cfg.micro_batch * cfg.views
             terms, scale = gradcache.backward(accelerator, wrapped, inputs, loss, rows=at_once)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), cfg.clip_norm)
