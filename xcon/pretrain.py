@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from xcon import (
     commandline,
     config,
-    encoders,
     evaluation,
     gather,
     gradcache,
@@ -24,6 +23,7 @@ from xcon import (
     model,
     optim,
     recipes,
+    start,
 )
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.clock import Clock
@@ -38,7 +38,7 @@ from xcon.loader import (
     present,
     to_device,
 )
-from xcon.model import ContrastiveModel, ModelSpec, Tower
+from xcon.model import ContrastiveModel, ModelSpec
 from xcon.objective import Objective, neighbour_top1
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
@@ -67,7 +67,7 @@ def train() -> None:
     # Model
     set_seed(cfg.seed)
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-        towers, text = build_towers(cfg, shards, accelerator.device)
+        towers, text = start.contrastive_towers(cfg, shards, accelerator.device)
     facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
     if open_run(cfg, accelerator, **facts):
         accelerator.print(f"{cfg.out}: this run is complete")
@@ -177,27 +177,6 @@ def resolved(cfg: PretrainConfig) -> PretrainConfig:
         image_backbone=cfg.image_backbone or config.BACKBONE,
         image_weights=cfg.image_weights or config.WEIGHTS,
     )
-
-
-def build_towers(
-    cfg: PretrainConfig, shards: ShardSet, device: torch.device
-) -> tuple[dict[str, Tower], encoders.Text | None]:
-    """The towers with their pre-trained weights, and what belongs to the text tower where there is one."""
-    made: dict[str, encoders.Encoder] = {}
-    text = None
-    for modality in cfg.modalities:
-        if modality == "image":
-            made["image"] = encoders.build_image(
-                str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size,
-            )  # fmt: skip
-        elif modality == "text":
-            text = encoders.text_for(cfg.text_model, shards.captions, frozen=cfg.text_frozen, device=device)
-            made["text"] = text.tower
-        else:
-            made["meta"] = encoders.MetaEncoder(
-                encoders.MetaSpec(cfg.meta_width, cfg.meta_depth, cfg.meta_encoding)
-            )
-    return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, text
 
 
 def validate(
