@@ -1,6 +1,6 @@
 """A few steps of a pre-training on this machine, to know what many would take: counts, times, bytes.
 
-One process, on a GPU where there is one. Weights are random: they cost what others do.
+On a GPU where there is one. Weights are random: they cost what others do.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Rehearsal:
     """A pre-training made ready, and one batch of it.
 
     Args:
-        cfg: its settings; the batch is one that a GPU encodes at a time.
+        cfg: its settings; the batch is one that is encoded at a time.
 
     Raises:
         ValueError: settings that this cannot plan for.
@@ -92,11 +92,12 @@ class Rehearsal:
             crop = images.train_transform(spec, crop_scale=cfg.crop_scale, color_jitter=cfg.color_jitter)
         records = Records(split, own, crop, texts, seed=cfg.seed)
         order = Order(len(split), rows, cfg.seed, cfg.per_class, split.class_id)
-        batches = iter(make_loader(records, order, Share(), steps=range(2), captions=captions))
+        share = Share(self.accelerator.process_index, self.accelerator.num_processes)
+        batches = iter(make_loader(records, order, share, steps=range(2), captions=captions))
         next(batches)  # opens files
         begun = time.perf_counter()
         batch = next(batches)
-        return (time.perf_counter() - begun) / rows, to_device(batch, self.accelerator.device)
+        return (time.perf_counter() - begun) / len(batch["label"]), to_device(batch, self.accelerator.device)
 
     def work(self, pace: Pace) -> Work:
         """What there is to do, at a pace measured here or elsewhere."""
@@ -117,7 +118,7 @@ class Rehearsal:
         """That of this machine: of a batch, and of half of one, what a row takes and what a step takes anyway."""
         rows = len(self.batch["label"])
         sizes = [rows, rows // 2] if rows >= 4 else [rows]
-        seconds = [self._seconds(self._rows(size)) for size in sizes]
+        seconds = [self.seconds(self._rows(size)) for size in sizes]
         slope = (seconds[0] - seconds[-1]) / max(1, sizes[0] - sizes[-1])
         if not 0 < slope <= seconds[0] / rows:  # noise: then all of it is the rows'
             slope = seconds[0] / rows
@@ -154,17 +155,21 @@ class Rehearsal:
         needed = torch.isin(self.batch["text_class"], few["label"])
         return {**few, **{name: self.batch[name][needed] for name in ("text", "text_class")}}
 
-    def _seconds(self, rows: Batch) -> float:
+    def step(self, rows: Batch) -> None:
+        """A step, as a training takes it."""
+        loss = functools.partial(self.objective.loss, rows)
+        gradcache.backward(self.accelerator, self.wrapped, self.objective.inputs(rows), loss, rows=0)
+        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.cfg.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def seconds(self, rows: Batch) -> float:
         """Of a step, the median of some."""
         self.wrapped.train()
         seconds = []
         for _ in range(1 + STEPS):
             begun = mark()
-            loss = functools.partial(self.objective.loss, rows)
-            gradcache.backward(self.accelerator, self.wrapped, self.objective.inputs(rows), loss, rows=0)
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.cfg.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.step(rows)
             seconds.append(between(begun, mark()))
         return statistics.median(seconds[1:])
 
