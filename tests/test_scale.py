@@ -32,8 +32,8 @@ CLUSTER = Cluster(
 # A hundred million numbers; 1 ms and 30 GFLOP a row.
 WORK = Work(
     weights=100_000_000, trained=100_000_000, towers=3, largest=66_000_000, layers=100, norms=0,
-    row_seconds=1e-3, step_seconds=0.0, row_flops=30e9, row_bytes=50e6, photo_seconds=0.0, row_vectors=2,
-    classes=555, width=256, loss_flops=0.0,
+    row_seconds=1e-3, step_seconds=0.0, operators=0, row_flops=30e9, row_bytes=50e6, photo_seconds=0.0,
+    row_vectors=2, classes=555, width=256, loss_flops=0.0,
 )  # fmt: skip
 
 
@@ -110,6 +110,15 @@ def test_a_loader_that_is_slower_holds_the_step_up() -> None:
     found = scaling.predict(changed(photo_seconds=0.01), CLUSTER, "ddp", 1, 32, reference=32)
     assert found.step == pytest.approx(32 * 2.5e-3)
     assert found.bound == "loading"
+    assert found.workers == 10
+
+
+def test_few_rows_do_not_fill_a_gpu() -> None:
+    """1,000 operators are launched in 3 x 5 ms; four parts of them, a third longer each, in 80."""
+    few, many = (scaling.step_seconds(changed(operators=1000), CLUSTER, "ddp", 1, rows) for rows in (4, 32))
+    assert (few["computing"], many["computing"]) == pytest.approx((15e-3, 32e-3))
+    parts = scaling.step_seconds(changed(operators=1000, micro_batch=1), CLUSTER, "ddp", 1, 4)
+    assert parts["computing"] == pytest.approx(80e-3)
 
 
 # ---- the loss, against facts/loss.md
@@ -208,7 +217,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
 def prediction(gpus: int, strategy: str, step: float, efficiency: float, gigabytes: float) -> Prediction:
     memory = {"weights": gigabytes * 1e9}
-    return Prediction(gpus, 1, strategy, 100, {"computing": step}, memory, efficiency, gigabytes <= 80)
+    return Prediction(gpus, 1, strategy, 100, {"computing": step}, memory, efficiency, 2, gigabytes <= 80)
 
 
 def test_the_sentence() -> None:

@@ -297,6 +297,17 @@ def test_a_line_reads_well(tmp_path: Path, capfd: pytest.CaptureFixture) -> None
     )
 
 
+def test_on_a_terminal_a_bar_has_the_loss_and_the_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    write(tmp_path, images_per_s=1234.5, data_wait=0.031)
+    assert "loss 2.5, 1,234 images/s, data wait 3 %" in re.sub(
+        r"\x1b\[[0-9;?]*[A-Za-z]", "", capfd.readouterr().err
+    )
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was busy for 40 per cent of the last second, of which 12.344 GB were taken."""

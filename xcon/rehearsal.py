@@ -10,9 +10,11 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from xcon import config, gradcache, images, launch, model, optim, scaling, start
@@ -102,14 +104,15 @@ class Rehearsal:
     def work(self, pace: Pace) -> Work:
         """What there is to do, at a pace measured here or elsewhere."""
         few = self._rows(min(FEW, len(self.batch["label"])))
-        flops = FlopCounterMode(display=False)
-        with flops, torch.no_grad():
+        flops, calls = FlopCounterMode(display=False), _Calls()
+        with flops, calls, torch.no_grad():
             self.wrapped(self.objective.inputs(few))
         return dataclasses.replace(
             self.counts(),
             row_seconds=pace.row_seconds,
             step_seconds=pace.step_seconds,
             loss_flops=pace.loss_flops,
+            operators=calls.count,
             row_flops=3 * flops.get_total_flops() / len(few["label"]),  # the backward pass twice the forward
             row_bytes=kept_bytes(self.wrapped, self.objective.inputs(few)) / len(few["label"]),
         )
@@ -138,6 +141,7 @@ class Rehearsal:
             norms=len(norms) if self.accelerator.device.type == "cuda" else 0,
             row_seconds=0.0,
             step_seconds=0.0,
+            operators=0,
             row_flops=0.0,
             row_bytes=0.0,
             photo_seconds=self.photo_seconds,
@@ -172,6 +176,16 @@ class Rehearsal:
             self.step(rows)
             seconds.append(between(begun, mark()))
         return statistics.median(seconds[1:])
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the operators that are called under it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def kept_bytes(wrapped: nn.Module, inputs: dict[str, Tensor]) -> int:

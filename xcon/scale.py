@@ -183,6 +183,7 @@ def facts(p: Prediction) -> dict[str, Any]:
         "images_per_s": round(p.images_per_s, 1),
         "efficiency": round(p.efficiency, 3),
         "memory_gb": round(sum(p.memory.values()) / 1e9, 3),
+        "workers": p.workers,
         "fits": p.fits,
         "bound": p.bound,
         **{f"{name}_ms": round(1000 * seconds, 3) for name, seconds in p.seconds.items()},
@@ -195,7 +196,7 @@ def show(cfg: ScaleConfig, found: Sequence[Prediction], source: str) -> None:
     console = Console()
     whose = "of each GPU" if cfg.batch == "per-gpu" else "of all GPUs"
     table = Table(title=f"A batch of {cfg.batch_size} {whose}, {source}")
-    for name in ("GPUs", "nodes", "strategy", "step ms", "images/s", "effic.", "GB", "bound by"):
+    for name in ("GPUs", "nodes", "strategy", "step ms", "images/s", "effic.", "GB", "workers", "bound by"):
         left = name in ("strategy", "bound by")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     last = None
@@ -206,7 +207,7 @@ def show(cfg: ScaleConfig, found: Sequence[Prediction], source: str) -> None:
         last = p.gpus
         table.add_row(
             f"{p.gpus:,}", f"{p.nodes:,}", row["strategy"], f"{row['step_ms']:,.1f}", f"{p.images_per_s:,.0f}",
-            f"{p.efficiency:.0%}", f"{row['memory_gb']:.1f}", p.bound,
+            f"{p.efficiency:.0%}", f"{row['memory_gb']:.1f}", f"{p.workers:,}", p.bound,
         )  # fmt: skip
     console.print(table)
     commandline.say(scaling.recommend(found, least_efficiency=cfg.least_efficiency))

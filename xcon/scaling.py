@@ -6,8 +6,9 @@ kept. P are the numbers of all weights, T of those trained.
 
 Time of a step = computing + the exchange that computing does not hide, or the loader's where that is longer.
 
-- Computing: seconds per step + seconds per row x rows of the GPU, as measured. Two thirds of it are the backward
-  pass. Encoding in parts (GradCache) takes one more forward pass, 4/3.
+- Computing: seconds per step + seconds per row x rows of the GPU, as measured, and no less than its operators take
+  to be launched, 5 us each, forward and twice backward: a GPU is not filled by few rows. Two thirds of it are the
+  backward pass. Encoding in parts (GradCache) takes one more forward pass, 4/3.
 - An all-gather of S bytes on g GPUs of each of m nodes: (g-1)/g S / B_node + (m-1)/m S / B_network; an all-reduce
   twice that. It is the ring, 2 (n-1)/n S / B (Patarasuk and Yuan 2009), by node: each node's network cards carry
   every byte once. Each takes ceil(log2 g) + ceil(log2 m) times the latency, as NCCL's trees do (NCCL 2.4), where
@@ -47,6 +48,7 @@ DDP_BUCKET = 25 * 2**20
 ZERO_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size, taken whole however small the model
 ZERO_LIVE = 1_000_000_000  # numbers: its stage3_max_live_parameters, of which it lets go of none before
 CONTEXT = 1e9  # bytes
+LAUNCH = 5e-6  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Work:
         layers: modules with 100,000 numbers or more, which ZeRO-3 gathers one by one.
         norms: layers of BatchNorm whose statistics are exchanged; 0 on processors.
         row_seconds, step_seconds: of computing, for every row of a GPU and for every step, without parts.
+        operators: that a forward pass calls.
         row_flops: of the encoders for a row, forward and backward.
         row_bytes: that the encoders keep of a row for the backward pass.
         photo_seconds: of a loader's worker for a row.
@@ -78,6 +81,7 @@ class Work:
     norms: int
     row_seconds: float
     step_seconds: float
+    operators: int
     row_flops: float
     row_bytes: float
     photo_seconds: float
@@ -148,6 +152,7 @@ class Prediction:
         memory: name -> bytes on each GPU.
         efficiency: images per second and GPU, as a share of what one GPU does with as many rows; where the global
             batch is fixed, with all of it.
+        workers: of a GPU's loader that keep up with all but themselves.
         fits: whether the memory is enough.
     """
 
@@ -158,6 +163,7 @@ class Prediction:
     seconds: dict[str, float]
     memory: dict[str, float]
     efficiency: float
+    workers: int
     fits: bool
 
     @property
@@ -200,6 +206,7 @@ def predict(
         seconds=seconds,
         memory=memory,
         efficiency=batch / gpus / sum(seconds.values()) / (reference / sum(alone.values())),
+        workers=math.ceil(batch / gpus * work.photo_seconds / (sum(seconds.values()) - seconds["loading"])),
         fits=sum(memory.values()) <= cluster.gpu_bytes,
     )
 
@@ -211,7 +218,9 @@ def predict(
 def step_seconds(work: Work, cluster: Cluster, strategy: Strategy, gpus: int, batch: int) -> dict[str, float]:
     """Name -> seconds that each part adds to a step, `Prediction.seconds`."""
     rows, parts = batch / gpus, work.parts(batch / gpus)
-    computing = work.step_seconds + work.row_seconds * rows * (4 / 3 if parts > 1 else 1)
+    passes = 4 / 3 if parts > 1 else 1
+    launches = 3 * work.operators * parts * LAUNCH
+    computing = passes * max(launches, work.step_seconds + work.row_seconds * rows)
     rate = work.row_flops / work.row_seconds
     # An all-gather forward and an all-reduce backward; in parts, twice forward.
     exchanges_of_norms = work.norms * (4 * parts if parts > 1 else 3)
