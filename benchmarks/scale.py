@@ -154,6 +154,7 @@ def predicted(
         row_seconds=pace.row_seconds * shared,
         step_seconds=pace.step_seconds * shared,
         photo_seconds=0.0,  # the batch lies ready
+        norms=0,  # torch has no synchronised BatchNorm on processors
     )
     bandwidth = 2 * (processes - 1) / processes * 4 * LARGE / (there["large"] - there["small"])
     hops = 2 * max(1, (processes - 1).bit_length())

@@ -63,7 +63,9 @@ class Rehearsal:
         if cfg.views > 1:
             raise ValueError(f"--views {cfg.views}: only losses between modalities are planned for")
         rows = cfg.micro_batch or cfg.batch_size
-        precision = launch.resolve_precision(cfg.precision)
+        # A processor has no fp16; what is counted is the same in bf16.
+        on_processor = cfg.precision == "fp16" and not torch.cuda.is_available()
+        precision = launch.resolve_precision("bf16" if on_processor else cfg.precision)
         self.accelerator = launch.make_accelerator(precision, batch_size=rows, clip_norm=cfg.clip_norm)
         self.cfg = dataclasses.replace(
             cfg, image_backbone=cfg.image_backbone or config.BACKBONE, image_weights="none", micro_batch=0
@@ -138,7 +140,7 @@ class Rehearsal:
             towers=len(sizes),
             largest=max(sizes),
             layers=sum(numbers >= LARGE for numbers in own),
-            norms=len(norms) if self.accelerator.device.type == "cuda" else 0,
+            norms=len(norms),
             row_seconds=0.0,
             step_seconds=0.0,
             operators=0,

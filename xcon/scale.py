@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -195,7 +196,9 @@ def show(cfg: ScaleConfig, found: Sequence[Prediction], source: str) -> None:
     """Prints the table and what to take."""
     console = Console()
     whose = "of each GPU" if cfg.batch == "per-gpu" else "of all GPUs"
-    table = Table(title=f"A batch of {cfg.batch_size} {whose}, {source}")
+    table = Table(
+        title=f"A batch of {cfg.batch_size} {whose}, {source}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for name in ("GPUs", "nodes", "strategy", "step ms", "images/s", "effic.", "GB", "workers", "bound by"):
         left = name in ("strategy", "bound by")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)

@@ -24,7 +24,8 @@ Time of a step = computing + the exchange that computing does not hide, or the l
 - The exact loss of the global batch: an all-gather of 4 D bytes for every vector and 16 for every row and pair
   (log-sum-exps), nothing backward (`xcon/gather.py`); its products grow with the batch squared over n, at the
   encoders' rate (`loss_flops`).
-- BatchNorm on GPUs takes its statistics over all: an exchange forward and one backward for every layer.
+- BatchNorm on GPUs takes its statistics over all: an all-gather forward and an all-reduce backward for every
+  layer, of so few numbers that it is the latency that counts.
 
 Memory of a GPU = weights, gradients, moments and the strategy's buffers (`held`) + what the encoders keep for the
 backward pass, measured by row + the vectors of all + what CUDA, cuDNN and NCCL take for themselves, a flat GB.
@@ -60,7 +61,7 @@ class Work:
         towers: how many there are.
         largest: numbers of the largest one's weights.
         layers: modules with 100,000 numbers or more, which ZeRO-3 gathers one by one.
-        norms: layers of BatchNorm whose statistics are exchanged; 0 on processors.
+        norms: layers of BatchNorm whose statistics are exchanged; on processors none are.
         row_seconds, step_seconds: of computing, for every row of a GPU and for every step, without parts.
         operators: that a forward pass calls.
         row_flops: of the encoders for a row, forward and backward.
