@@ -57,5 +57,6 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(tree: Any) -> list[torch.UntypedStorage]:
-    """Those of all tensors in nested lists, tuples and dictionaries."""
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """Those of all tensors in nested lists, tuples and dictionaries that have memory."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]

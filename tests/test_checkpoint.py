@@ -339,24 +339,6 @@ def test_progress_is_a_line_where_there_is_no_terminal(tmp_path: Path, capfd: py
     assert "train 5/10" in capfd.readouterr().err
 
 
-def test_the_clock_counts_steps_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a batch takes 3 s, using it 1 s: two steps of 8 rows in 8 s are 2 images/s, 6 of 8 s waited."""
-    now = [0.0]
-    monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
-
-    def batches():
-        for _ in range(2):
-            now[0] += 3
-            yield None
-
-    clock = tracking.Clock()
-    for _ in clock.watch(batches()):
-        now[0] += 1
-    assert clock.lap(8) == {"images_per_s": 2.0, "data_wait": 0.75}
-    now[0] += 2
-    assert clock.lap(8) == {"images_per_s": 0.0, "data_wait": 0.0}
-
-
 def test_every_setting_is_saved(tmp_path: Path, accelerator: Accelerator) -> None:
     checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
     names = {field.name for field in dataclasses.fields(PretrainConfig)}

@@ -9,6 +9,7 @@ COMMANDS = {
     "predict": "xcon.predict",
     "prior": "xcon.prior",
     "report": "xcon.report",
+    "scale": "xcon.scale",
     "map": "xcon.maps",
     "reproduce": "xcon.reproduce",
     "demo": "xcon.demo",

@@ -32,6 +32,7 @@ from xcon import (
 )
 from xcon.checkpoint import Checkpoints, open_run
 from xcon.classifier import Classifier
+from xcon.clock import Clock
 from xcon.config import FinetuneConfig
 from xcon.images import ImageSpec
 from xcon.loader import Records, Share, evaluation_loader, in_parts, make_loader, to_device
@@ -40,7 +41,7 @@ from xcon.model import ModelSpec
 from xcon.preemption import Saver
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
-from xcon.tracking import Clock, Silent, Tracker
+from xcon.tracking import Silent, Tracker
 
 # Legend: N records of the validation split, C classes.
 
@@ -136,7 +137,8 @@ def train(received: signals.Received) -> None:
     signalled = saver.asked()  # by a signal that came while all this was built
     steps = range(0) if signalled or at.ended(total, cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps)
-    tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
+    reports = accelerator.is_main_process
+    tracker = Tracker(cfg.out, step=at.step, total=total, workers=cfg.workers) if reports else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
 

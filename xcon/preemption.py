@@ -13,9 +13,10 @@ from torch import Tensor
 
 from xcon import commandline, gather, launch
 from xcon.checkpoint import Checkpoints, Position
+from xcon.clock import Clock
 from xcon.records import atomic_write
 from xcon.signals import Received
-from xcon.tracking import Clock, Silent
+from xcon.tracking import Silent
 
 
 class Saver:

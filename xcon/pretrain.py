@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from xcon import (
     commandline,
     config,
-    encoders,
     evaluation,
     gather,
     gradcache,
@@ -25,16 +24,18 @@ from xcon import (
     optim,
     recipes,
     signals,
+    start,
 )
 from xcon.checkpoint import Checkpoints, open_run
+from xcon.clock import Clock
 from xcon.config import PretrainConfig
 from xcon.loader import Batch, ClassCaptions, Records, Share, evaluation_loader, make_loader, present, to_device
-from xcon.model import ContrastiveModel, ModelSpec, Tower
+from xcon.model import ContrastiveModel, ModelSpec
 from xcon.objective import Objective, neighbour_top1
 from xcon.preemption import Saver
 from xcon.sampler import Order
 from xcon.shardset import ShardSet
-from xcon.tracking import Clock, Silent, Tracker
+from xcon.tracking import Silent, Tracker
 
 # Legend: b rows of this process, N records of the validation split, C classes, D width of the shared space.
 
@@ -60,7 +61,7 @@ def train(received: signals.Received) -> None:
     # Model
     set_seed(cfg.seed)
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
-        towers, text = build_towers(cfg, shards, accelerator.device)
+        towers, text = start.contrastive_towers(cfg, shards, accelerator.device)
     facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
     if open_run(cfg, accelerator, **facts):
         accelerator.print(f"{cfg.out}: this run is complete")
@@ -105,7 +106,8 @@ def train(received: signals.Received) -> None:
     signalled = saver.asked()  # by a signal that came while all this was built
     steps = range(0) if signalled or at.ended(total, cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps, captions=shared)
-    tracker = Tracker(cfg.out, step=at.step, total=total) if accelerator.is_main_process else Silent()
+    reports = accelerator.is_main_process
+    tracker = Tracker(cfg.out, step=at.step, total=total, workers=cfg.workers) if reports else Silent()
     if at.step == 0:
         tracker.write("start", 0, {"processes": accelerator.num_processes, "records": order.samples})
 
@@ -115,7 +117,7 @@ def train(received: signals.Received) -> None:
             wrapped.train()
             rows = to_device(batch, accelerator.device)
             optim.set_rates(optimizer, optim.schedule(step, warmup=warmup, total=total, decay=cfg.decay))
-            loss = functools.partial(objective.loss, rows)
+            loss = clock.loss(functools.partial(objective.loss, rows))
             inputs, at_once = objective.inputs(rows), cfg.micro_batch * cfg.views
             terms, scale = gradcache.backward(accelerator, wrapped, inputs, loss, rows=at_once)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), cfg.clip_norm)
@@ -171,27 +173,6 @@ def resolved(cfg: PretrainConfig) -> PretrainConfig:
         image_backbone=cfg.image_backbone or config.BACKBONE,
         image_weights=cfg.image_weights or config.WEIGHTS,
     )
-
-
-def build_towers(
-    cfg: PretrainConfig, shards: ShardSet, device: torch.device
-) -> tuple[dict[str, Tower], encoders.Text | None]:
-    """The towers with their pre-trained weights, and what belongs to the text tower where there is one."""
-    made: dict[str, encoders.Encoder] = {}
-    text = None
-    for modality in cfg.modalities:
-        if modality == "image":
-            made["image"] = encoders.build_image(
-                str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size,
-            )  # fmt: skip
-        elif modality == "text":
-            text = encoders.text_for(cfg.text_model, shards.captions, frozen=cfg.text_frozen, device=device)
-            made["text"] = text.tower
-        else:
-            made["meta"] = encoders.MetaEncoder(
-                encoders.MetaSpec(cfg.meta_width, cfg.meta_depth, cfg.meta_encoding)
-            )
-    return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, text
 
 
 def validate(

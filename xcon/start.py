@@ -1,6 +1,6 @@
-"""What a classifier starts from: ImageNet's weights, or the towers and captions of a pre-trained run.
+"""What a training starts from: ImageNet's weights, a text model, or the towers and captions of a pre-trained run.
 
-A part of `finetune`, whose settings it takes.
+A part of `pretrain` and `finetune`, whose settings it takes.
 """
 
 import dataclasses
@@ -10,13 +10,34 @@ import torch
 from torch import Tensor
 
 from xcon import config, encoders, launch, model, pretrained
-from xcon.config import FinetuneConfig
+from xcon.config import FinetuneConfig, PretrainConfig
 from xcon.images import ImageSpec
 from xcon.model import ContrastiveModel, ModelSpec, Tower
 from xcon.records import Card
 from xcon.shardset import ShardSet
 
 # Legend: C classes, D width of the shared space.
+
+
+def contrastive_towers(
+    cfg: PretrainConfig, shards: ShardSet, device: torch.device
+) -> tuple[dict[str, Tower], encoders.Text | None]:
+    """The towers with their pre-trained weights, and what belongs to the text tower where there is one."""
+    made: dict[str, encoders.Encoder] = {}
+    text = None
+    for modality in cfg.modalities:
+        if modality == "image":
+            made["image"] = encoders.build_image(
+                str(cfg.image_backbone), cfg.image_options, weights=str(cfg.image_weights), size=cfg.image_size,
+            )  # fmt: skip
+        elif modality == "text":
+            text = encoders.text_for(cfg.text_model, shards.captions, frozen=cfg.text_frozen, device=device)
+            made["text"] = text.tower
+        else:
+            made["meta"] = encoders.MetaEncoder(
+                encoders.MetaSpec(cfg.meta_width, cfg.meta_depth, cfg.meta_encoding)
+            )
+    return {modality: Tower(encoder, cfg.embed_dim) for modality, encoder in made.items()}, text
 
 
 def resolved(cfg: FinetuneConfig, begun: ModelSpec | None) -> FinetuneConfig:
