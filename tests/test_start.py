@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 
 from tests import training
@@ -49,6 +51,26 @@ def test_synchronised_batchnorm_keeps_the_parameters_that_the_optimiser_knows() 
     converted = convert_sync_batchnorm(network)
     assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in converted.modules())
     assert {name: id(parameter) for name, parameter in converted.named_parameters()} == before
+
+
+@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_batchnorm_is_synchronised_before_a_strategy_cuts_the_model(kind: DistributedType) -> None:
+    """Two GPUs are made up: what Accelerate is given to prepare is converted, whole, and flat in memory."""
+    network = torch.nn.Sequential(timm.create_model("resnet10t", num_classes=0)).to(
+        memory_format=torch.channels_last
+    )
+    known = {id(parameter) for parameter in network.parameters()}
+    accelerator = SimpleNamespace(
+        num_processes=2, device=torch.device("cuda"), distributed_type=kind, mixed_precision="no",
+        prepare=lambda module, optimizer: (module, optimizer),
+    )  # fmt: skip
+    given, _ = launch.prepare(accelerator, network, None)  # type: ignore[arg-type]
+    norms = [m for m in given.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    assert {id(parameter) for parameter in given.parameters()} == known
+    flat = all(parameter.is_contiguous() for parameter in given.parameters())
+    assert flat == (kind != DistributedType.MULTI_GPU)
 
 
 def test_processes_that_do_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from xcon.shardset import ShardSet, Split
 # Legend: b rows of a batch, N records, C classes, D width of the shared space.
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: ZeRO-3 gathers weights here that it goes on training with
 def collect(
     batches: Iterable[Batch],
     compute: Callable[[Batch], Mapping[str, Tensor]],

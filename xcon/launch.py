@@ -88,6 +88,8 @@ def make_accelerator(
         ValueError: the batch does not divide among the processes, or the launcher's settings contradict ours.
     """
     cuda, deepspeed, fsdp = uses_cuda(), under_deepspeed(), under_fsdp()
+    if fsdp and os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("fsdp_version 1: take 2, as accelerate_configs/fsdp2.yaml does")
     if fsdp and not torch.cuda.is_available():
         # Accelerate takes FSDP for a matter of GPUs, and without one leaves it out without a word. All that it
         # lacks is a process group, and this name for it.
@@ -118,12 +120,12 @@ def _told_of_the_compiler() -> Iterator[None]:
     """Turns what DeepSpeed says where it cannot compile, as it must for processors, into one ValueError."""
     try:
         yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("Error building extension", "Unable to JIT load")):
+    except (RuntimeError, ImportError) as error:  # the latter where another process tried to compile, in vain
+        if "shm_comm" not in str(error):
             raise
         raise ValueError(
             "DeepSpeed could not compile the operator by which processors exchange numbers: g++ and ninja must be "
-            f"on the PATH, or CXX name a compiler that works ({str(error).splitlines()[0]})"
+            f"on the PATH, or CXX name a compiler that works ({str(error).split(':')[0]})"
         ) from error
 
 
@@ -198,8 +200,6 @@ def _set_fsdp(plugin: Any) -> None:
     Raises:
         ValueError: its configuration asks for what cannot be had.
     """
-    if plugin.fsdp_version != 2:
-        raise ValueError("fsdp_version 1: take 2, as accelerate_configs/fsdp2.yaml does")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("fsdp_cpu_ram_efficient_loading: not with weights that xcon loads; set it to false")
     if plugin.activation_checkpointing:

@@ -205,7 +205,7 @@ def validate(
     embeddings: dict[str, Tensor] = {m: found[m] for m in cfg.modalities}  # [N, D] or [N, V, D] each
     masks: dict[str, Tensor] = {m: found[f"{m} present"] for m in cfg.modalities}  # [N] each
     accuracy = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         _, scale = wrapped({})
         loss = objective.held_out_loss(embeddings, masks, found["label"], scale.cpu(), batch_size=cfg.batch_size)
         if texts is not None:
