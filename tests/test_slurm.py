@@ -62,7 +62,7 @@ class Cluster:
         (facts,) = self.jobs(job)
         return facts
 
-    def wait(self, job: str, seconds: float = 240) -> str:
+    def wait(self, job: str, seconds: float = 600) -> str:
         """Returns the state in which the job ended (`sbatch --wait` polls too seldom)."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -82,7 +82,7 @@ class Cluster:
         return file.read_text() if file.exists() else "(no log)"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -557,7 +557,7 @@ def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     def ours() -> list[dict[str, str]]:
         return [job for job in cluster.jobs() if job["WorkDir"] == str(here).split()[0]]
 
-    wait_until(lambda: all(job["JobState"] in ENDED for job in ours()), seconds=600)
+    wait_until(lambda: all(job["JobState"] in ENDED for job in ours()))
     logs: dict[str, list[str]] = {}
     for file in here.glob("*.out"):
         logs.setdefault(file.name.split("-")[1], []).append(file.read_text())
@@ -629,7 +629,7 @@ def test_disturbed_runs_end_as_the_undisturbed_one(chain: Chain, cluster: Cluste
     wait_until(lambda: under_way(crashed))
     cluster.run("crash", "node2")
     interrupted(crashed)
-    wait_until(lambda: cluster.show(jobs[crashed])["Restarts"] == "1", seconds=60)
+    wait_until(lambda: cluster.show(jobs[crashed])["Restarts"] == "1")
     cluster.run("boot", "node2")
 
     jobs |= {preempted: submit(preempted), signalled: submit(signalled, "--partition=urgent")}
