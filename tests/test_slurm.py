@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+PATIENCE = 600  # seconds, on a busy machine
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
@@ -62,15 +63,15 @@ class Cluster:
         (facts,) = self.jobs(job)
         return facts
 
-    def wait(self, job: str, seconds: float = 600) -> str:
+    def wait(self, job: str) -> str:
         """Returns the state in which the job ended (`sbatch --wait` polls too seldom)."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             state = self.show(job)["JobState"]
             if state in ENDED:
                 return state
             time.sleep(0.5)
-        return f"still {state} after {seconds} s"
+        return f"still {state} after {PATIENCE} s"
 
     def local_files(self, node: str) -> list[str]:
         """The files on the own disk of a node."""
@@ -82,8 +83,8 @@ class Cluster:
         return file.read_text() if file.exists() else "(no log)"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
