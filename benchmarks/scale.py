@@ -92,11 +92,11 @@ def measured(settings: Settings, processes: int, strategy: str, stem: Path) -> d
 def work(rank: int, processes: int, strategy: str, settings: Settings, folder: Path) -> None:
     """What one process does."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
-    os.environ |= {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
     if strategy.startswith("zero"):
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": strategy[-1]}
     if processes > 1:
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        os.environ |= {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     with LiveBytes() as live:
         rehearsal = Rehearsal(settings.config())

@@ -277,8 +277,7 @@ def in_pieces(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of this process's pieces of weights, gradients and moments."""
     moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
     held = [*module.parameters(), *(p.grad for p in module.parameters()), *moments]
-    storages = [x.to_local().untyped_storage() for x in held]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())  # gradients lie in one
+    return sum(x.to_local().nbytes for x in held)
 
 
 def start(folder: Path, strategies: tuple[str, ...]) -> None:
