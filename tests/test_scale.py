@@ -381,6 +381,11 @@ def test_a_run_is_planned_by_its_pace(run: Path, tmp_path: Path, capsys: pytest.
     assert found[0]["weights_gb"] == pytest.approx(16 * numbers / 1e9, abs=6e-4)
     assert "Take 24 GPUs" in capsys.readouterr().out
 
+    assert training.run(scale.main, [*argv, "--micro-batch", "6"]) == 0
+    in_parts = json.loads(tables[0].read_text())
+    assert in_parts[0]["computing_ms"] == pytest.approx(4 / 3 * found[0]["computing_ms"], rel=1e-3)
+    assert in_parts[-1]["computing_ms"] == found[-1]["computing_ms"]  # one row is one part
+
 
 def training_lines(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -311,8 +311,8 @@ def held(work: Work, strategy: Strategy, gpus: int) -> float:
     - DeepSpeed keeps a second copy of the weights, shared out, and takes a bucket of 2 GB that only large models
       need. ZeRO-2 lets go of gradients when a bucket is full: below 500 million numbers it is as ZeRO-1.
     - ZeRO-3 lets go of gathered weights beyond a thousand million numbers, and of gradients as ZeRO-2 does.
-    - FSDP2 has two towers gathered at a time, the one in work and the next, and the gradients of one: assumed, what
-      it holds besides is seen.
+    - FSDP2 has two towers gathered at a time, the one in work and the next, and the gradients of one. That is
+      assumed; what it holds besides is seen.
     """
     weights, trained = FLOAT * work.weights, FLOAT * work.trained
     whole_gradients = FLOAT * min(work.trained, ZERO_BUCKET)
