@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist  # noqa: TID251 - starts the processes, gather.py uses them
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -168,7 +169,8 @@ def predicted(
 def show(settings: Settings, found: Mapping[tuple[int, str], Mapping[str, Any]]) -> None:
     """A line for each number of processes and strategy."""
     alone = found[1, "ddp"]
-    table = Table(title=f"batch {settings.batch_size}, {settings.image_size} px; one process: 1 in time")
+    title = f"batch {settings.batch_size}, {settings.image_size} px; one process: 1 in time"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("processes", "strategy", "GB/s", "time", "predicted", "ratio", "MB", "predicted", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for (processes, strategy), there in found.items():
