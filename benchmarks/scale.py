@@ -95,6 +95,7 @@ def work(rank: int, processes: int, strategy: str, settings: Settings, folder: P
     torch.set_num_threads(1)
     if strategy.startswith("zero"):
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": strategy[-1]}
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # else transformers cuts the text model in pieces
     if processes > 1:
         os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
         os.environ |= {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
