@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist  # noqa: TID251 - starts the processes, gather.py uses them
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -92,11 +93,12 @@ def measured(settings: Settings, processes: int, strategy: str, stem: Path) -> d
 def work(rank: int, processes: int, strategy: str, settings: Settings, folder: Path) -> None:
     """What one process does."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
-    os.environ |= {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
     if strategy.startswith("zero"):
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": strategy[-1]}
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # else transformers cuts the text model in pieces
     if processes > 1:
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        os.environ |= {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     with LiveBytes() as live:
         rehearsal = Rehearsal(settings.config())
@@ -168,7 +170,8 @@ def predicted(
 def show(settings: Settings, found: Mapping[tuple[int, str], Mapping[str, Any]]) -> None:
     """A line for each number of processes and strategy."""
     alone = found[1, "ddp"]
-    table = Table(title=f"batch {settings.batch_size}, {settings.image_size} px; one process: 1 in time")
+    title = f"batch {settings.batch_size}, {settings.image_size} px; one process: 1 in time"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("processes", "strategy", "GB/s", "time", "predicted", "ratio", "MB", "predicted", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for (processes, strategy), there in found.items():

@@ -70,6 +70,7 @@ class Rehearsal:
         self.cfg = dataclasses.replace(
             cfg, image_backbone=cfg.image_backbone or config.BACKBONE, image_weights="none", micro_batch=0
         )
+        self.micro_batch = cfg.micro_batch
         self.objective = Objective(cfg.modalities, cfg.matching, weights=cfg.term_weights)
         shards = ShardSet(cfg.shards, cfg.caption)
         self.classes = len(shards.card.classes)
@@ -151,6 +152,7 @@ class Rehearsal:
             classes=self.classes if self.shared else 0,
             width=self.cfg.embed_dim,
             loss_flops=0.0,
+            micro_batch=self.micro_batch,
         )
 
     def _rows(self, count: int) -> Batch:

@@ -305,13 +305,14 @@ def held(work: Work, strategy: Strategy, gpus: int) -> float:
     """Bytes of weights, gradients, moments and the strategy's own buffers, at the most that there are in a step.
 
     One GPU alone: 4P + 12T, with 16 bytes for every weight that is trained, as of mixed precision (Rajbhandari et
-    al. 2020, section 3.1), though here all of it is float32. Of several, as seen in two and four processes:
+    al. 2020, section 3.1), though here all of it is float32. Of several, as two processes hold it:
 
     - DDP has its buckets beside the gradients: 4P + 16T.
     - DeepSpeed keeps a second copy of the weights, shared out, and takes a bucket of 2 GB that only large models
       need. ZeRO-2 lets go of gradients when a bucket is full: below 500 million numbers it is as ZeRO-1.
     - ZeRO-3 lets go of gathered weights beyond a thousand million numbers, and of gradients as ZeRO-2 does.
-    - FSDP2 has two towers gathered at a time, the one in work and the next, and the gradients of one.
+    - FSDP2 has two towers gathered at a time, the one in work and the next, and the gradients of one. That is
+      assumed; what it holds besides is seen.
     """
     weights, trained = FLOAT * work.weights, FLOAT * work.trained
     whole_gradients = FLOAT * min(work.trained, ZERO_BUCKET)
