@@ -438,6 +438,11 @@ def test_a_step_that_leaves_no_result_has_failed(work: Work) -> None:
         work.run(work.step("a", "os._exit(0)"))
 
 
+def test_a_step_that_was_stopped_has_not_failed(work: Work) -> None:
+    with pytest.raises(ValueError, match="a was stopped by a signal and saved; the same command goes on"):
+        work.run(work.step("a", "sys.exit(75)"))
+
+
 def test_a_program_that_is_not_there_is_named(work: Work) -> None:
     with pytest.raises(OSError, match="no-such-program"):
         work.run(Step("a", ("no-such-program",), work.folder / "a"))

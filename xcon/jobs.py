@@ -111,6 +111,8 @@ class _Runner:
             done = subprocess.run(
                 [program, *step.command[1:]], check=False, env=self.environment, stdout=file, stderr=file
             )
+        if done.returncode == os.EX_TEMPFAIL:
+            raise ValueError(f"{step.name} was stopped by a signal and saved; the same command goes on")
         if done.returncode or not step.is_done:
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
             raise ValueError(
