@@ -6,7 +6,7 @@ Gloo processes of this machine pre-train recipe demo's model on real batches, ea
 among as many gives bandwidth and latency. Where there are more processes than cores, computing takes as many times
 longer: they share them. Nothing hides the exchange, since gloo's threads want the same cores. Every round starts
 all processes anew, in turns, for other work on the machine comes and goes; medians and ratios are printed. Memory
-is that of live tensors (`live_bytes.py`), without DeepSpeed's bucket of 2 GB, which is taken whatever the model.
+is that of live tensors (`live_bytes.py`), without DeepSpeed's bucket of 200 MB, which is taken whatever the model.
 """
 
 import dataclasses

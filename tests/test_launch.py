@@ -258,6 +258,7 @@ COMPILER = {"CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": "EMPTY"}
         ("fsdp2", {"fsdp_version": 1, "fsdp_reshard_after_forward": "FULL_SHARD"}, {}, "fsdp_version 1: take 2"),
         ("fsdp2", {"fsdp_cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: not with"),
         ("fsdp2", {"fsdp_activation_checkpointing": True}, {}, "fsdp_activation_checkpointing: not with"),
+        ("fsdp2", {"fsdp_offload_params": True}, {}, "fsdp_offload_params: not with"),
     ],
 )
 def test_a_config_is_followed_or_refused(

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor  # noqa: TID251 - FSDP2's parameter
 
 from tests import forked
 from xcon import gather, gradcache, launch, losses
+from xcon.checkpoint import Checkpoints, Position
 from xcon.model import ContrastiveModel, Tower
 
 pytestmark = pytest.mark.slow
@@ -67,12 +69,36 @@ def inputs(step: int) -> dict[str, Tensor]:
 
 def work(rank: int, strategy: str, folder: Path) -> None:
     """What one process does; it leaves what it found in a file."""
-    torch.save(train(strategy, rank), folder / f"{rank}.pt")
-
-
-def train(strategy: str, rank: int) -> dict[str, Any]:
-    """What the model became, loss and scale of every step, and the parameters before the first and after each."""
     accelerator = launch.make_accelerator("fp32", batch_size=len(LABELS), clip_norm=0.0)
+    found = train(strategy, rank, accelerator)
+    torch.save(found | save(rank, folder, accelerator), folder / f"{rank}.pt")
+
+
+def save(rank: int, run: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """What a checkpoint says that the last process has no space for, one that all can write, and one damaged."""
+    (run / "checkpoints").mkdir(exist_ok=True)
+    checkpoints = Checkpoints(run, accelerator)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]) if rank else unlimited)
+    with pytest.raises(OSError, match="could not be written") as full:
+        checkpoints.save(Position(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    accelerator.wait_for_everyone()
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    accelerator.wait_for_everyone()
+    checkpoints.save(Position(2))
+    whole = checkpoints.restore()
+    if rank == 0:
+        pieces = [path for path in (run / "checkpoints" / "step-2").rglob("*") if path.is_file()]
+        max(pieces, key=lambda path: path.stat().st_size).write_bytes(b"")
+    accelerator.wait_for_everyone()
+    with pytest.raises(ValueError, match="damaged") as damaged:
+        checkpoints.restore()
+    return {"full": str(full.value), "left": left, "restored": whole.step, "damaged": str(damaged.value)}
+
+
+def train(strategy: str, rank: int, accelerator: Accelerator) -> dict[str, Any]:
+    """What the model became, loss and scale of every step, and the parameters before the first and after each."""
     module = contrastive()
     wrapped, optimizer = prepared(strategy, accelerator, module)
     found: dict[str, Any] = {"held": held(module), "wrapper": type(wrapped).__name__, "total": [], "scale": []}
@@ -202,3 +228,14 @@ def test_the_strategy_is_the_one_asked_for(found: list[dict], strategy: str) -> 
     numbers = [result["held"] for result in found]
     assert sum(numbers) == {"zero3": 0, "fsdp2": 193}.get(strategy, 2 * 193)
     assert max(numbers) < 193 or strategy in ("ddp", "zero1", "zero2")
+
+
+def test_a_checkpoint_that_cannot_be_written_or_read_is_one_line(found: list[dict]) -> None:
+    """On both processes, though one alone has no space left; and the next one is whole."""
+    for result in found:
+        assert "checkpoints: the checkpoint of step 1 could not be written (" in result["full"]
+        assert result["full"] == found[0]["full"]
+        assert "Traceback" not in result["full"]
+        assert result["left"] == []
+        assert result["restored"] == 2
+        assert "step-2: " in result["damaged"]

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xcon import launch
+from xcon import gather, launch
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
@@ -215,10 +215,11 @@ class Checkpoints:
         found: list[tuple[Found | None, str]]
         try:
             found = [(action(), "")]
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _of_files(error):
+        except (OSError, RuntimeError, SafetensorError, gather.CheckpointFailed) as error:
+            causes = _causes(error)
+            if not all(_of_files(cause) for cause in causes):
                 raise
-            found = [(None, str(error))]
+            found = [(None, "; ".join(str(cause) for cause in causes))]
         everyones = gather_object(found)
         for _, trouble in everyones:
             if trouble:
@@ -242,9 +243,16 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _of_files(error: Exception) -> bool:
+def _causes(error: BaseException) -> list[BaseException]:
+    """What went wrong: where FSDP2's processes write together, torch tells all of them of each one's error."""
+    if isinstance(error, gather.CheckpointFailed):
+        return [cause for cause, _ in error.failures.values()]
+    return [error]
+
+
+def _of_files(error: BaseException) -> bool:
     """Whether an error is of reading or writing; torch says RuntimeError of its files and of much else."""
-    return not isinstance(error, RuntimeError) or any(
+    return isinstance(error, OSError | SafetensorError) or any(
         w in str(error) for w in ("PytorchStream", "inline_container")
     )
 

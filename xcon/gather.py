@@ -22,9 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint.api import CheckpointException
 
 from xcon import contrast, losses
 from xcon.contrast import LogitGradient, Members, Participants
+
+# Where processes write a checkpoint together, as under FSDP2: what each of them raises, with the errors of all.
+CheckpointFailed = CheckpointException
 
 # Legend: W processes, b rows here, D width, K vectors of a modality on all processes, k of them here, V views.
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from xcon.config import Precision
+
+# Numbers of the buffer for gradients that DeepSpeed takes however small the model; its own default takes 2 GB.
+ZERO_BUCKET = 50_000_000
 
 
 def native_precision() -> Precision:
@@ -182,8 +185,10 @@ def _set_deepspeed(plugin: Any, precision: str, *, rows: int, clip_norm: float) 
     settings = plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = rows
     settings["gradient_clipping"] = clip_norm
+    zero = settings["zero_optimization"]
+    zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = ZERO_BUCKET
     # ZeRO-3 then gathers the weights, of whatever precision, where they are saved.
-    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    zero["stage3_gather_16bit_weights_on_model_save"] = True
     # DeepSpeed's own bf16 turns the parameters to bf16, which BatchNorm refuses; autocast does not.
     # Gradients are reduced in float32, as under DDP: no module is "safe" for less.
     settings["torch_autocast"] = {
@@ -202,6 +207,8 @@ def _set_fsdp(plugin: Any) -> None:
     """
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("fsdp_cpu_ram_efficient_loading: not with weights that xcon loads; set it to false")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("fsdp_offload_params: not with xcon; set it to false")
     if plugin.activation_checkpointing:
         raise ValueError("fsdp_activation_checkpointing: not with xcon; set it to false, and take --micro-batch")
     # Its own would turn parameters and gradients to bf16, which BatchNorm refuses; `prepare` takes autocast.
@@ -223,7 +230,23 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
         # As Accelerate does under DDP, and under FSDP2 does not.
         in_precision = autocast(accelerator, accelerator.mixed_precision)(module.forward)
         module.forward = convert_outputs_to_fp32(in_precision)
-    return accelerator.prepare(module, optimizer)
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        wrapped.save_checkpoint = _met_by_all(accelerator, wrapped.save_checkpoint)
+    return wrapped, optimizer
+
+
+def _met_by_all(accelerator: Accelerator, save: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed's processes wait for each other once they have written: one that cannot write meets them, too."""
+
+    def met(*arguments: Any, **options: Any) -> Any:
+        try:
+            return save(*arguments, **options)
+        except (OSError, RuntimeError):
+            accelerator.wait_for_everyone()
+            raise
+
+    return met
 
 
 def strategy(accelerator: Accelerator) -> str:

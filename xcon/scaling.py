@@ -37,6 +37,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from xcon.launch import ZERO_BUCKET
 from xcon.losses import TABLE_ROWS
 
 # Legend: n GPUs, N rows of the global batch, D width, P and T numbers of weights: all, trained.
@@ -46,8 +47,7 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")  
 
 FLOAT = 4
 DDP_BUCKET = 25 * 2**20
-ZERO_BUCKET = 500_000_000  # numbers: DeepSpeed's reduce_bucket_size, taken whole however small the model
-ZERO_LIVE = 1_000_000_000  # numbers: its stage3_max_live_parameters, of which it lets go of none before
+ZERO_LIVE = 1_000_000_000  # numbers: DeepSpeed's stage3_max_live_parameters, of which it lets go of none before
 CONTEXT = 1e9  # bytes
 LAUNCH = 5e-6  # seconds
 
@@ -308,8 +308,8 @@ def held(work: Work, strategy: Strategy, gpus: int) -> float:
     al. 2020, section 3.1), though here all of it is float32. Of several, as two processes hold it:
 
     - DDP has its buckets beside the gradients: 4P + 16T.
-    - DeepSpeed keeps a second copy of the weights, shared out, and takes a bucket of 2 GB that only large models
-      need. ZeRO-2 lets go of gradients when a bucket is full: below 500 million numbers it is as ZeRO-1.
+    - DeepSpeed keeps a second copy of the weights, shared out, and takes a bucket of 200 MB, whatever the model.
+      ZeRO-2 lets go of gradients when a bucket is full: below 50 million numbers it is as ZeRO-1.
     - ZeRO-3 lets go of gathered weights beyond a thousand million numbers, and of gradients as ZeRO-2 does.
     - FSDP2 has two towers gathered at a time, the one in work and the next, and the gradients of one. That is
       assumed; what it holds besides is seen.
