@@ -134,7 +134,7 @@ def test_near_places_have_near_features(
     assert math.dist(encode(encoding, lon, lat, 0.5), encode(encoding, *near)) < 1e-5
 
 
-@pytest.mark.parametrize("encoding", set(ENCODINGS) - {"wrap"})
+@pytest.mark.parametrize("encoding", [e for e in ENCODINGS if e != "wrap"])
 def test_places_far_apart_have_other_features(encoding: MetaEncoding) -> None:
     """Opposite ends of an axis, the poles, the quarters of the equator: no two share a code."""
     places = [(0, 90), (0, -90), (0, 0), (90, 0), (180, 0), (-90, 0), (45, 45), (45, -45)]
