@@ -140,11 +140,11 @@ def _check_launcher(accelerator: Accelerator, precision: str, accumulation_steps
             f"{launched} processes were launched and do not meet, each would train alone: use_cpu, --cpu or "
             "ACCELERATE_USE_CPU does that; take accelerate_configs/ddp.yaml"
         )
-    told_of_several = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if told_of_several and parse_flag_from_env("ACCELERATE_USE_CPU"):
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "the launcher was told of several processes and started one: use_cpu or --cpu does that; take "
-            "accelerate_configs/cpu.yaml, or for several processes ddp.yaml with CUDA_VISIBLE_DEVICES="
+            "the launcher was told of several processes and started one: single.yaml, cpu.yaml, use_cpu and --cpu do "
+            "that; give --num_processes 1, or for several take ddp.yaml (CUDA_VISIBLE_DEVICES= hides a GPU)"
         )
     asked = {DistributedType.DEEPSPEED: under_deepspeed(), DistributedType.FSDP: under_fsdp()}
     for strategy, wanted in asked.items():
