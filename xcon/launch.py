@@ -143,8 +143,8 @@ def _check_launcher(accelerator: Accelerator, precision: str, accumulation_steps
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "the launcher was told of several processes and started one: single.yaml, cpu.yaml, use_cpu and --cpu do "
-            "that; give --num_processes 1, or for several take ddp.yaml (CUDA_VISIBLE_DEVICES= hides a GPU)"
+            "the launcher was told of several processes and started one: single.yaml, cpu.yaml, use_cpu and --cpu "
+            "do that; give --num_processes 1, or for several take ddp.yaml (CUDA_VISIBLE_DEVICES= hides a GPU)"
         )
     asked = {DistributedType.DEEPSPEED: under_deepspeed(), DistributedType.FSDP: under_fsdp()}
     for strategy, wanted in asked.items():
