@@ -8,6 +8,7 @@ What is being written or removed has a name that begins with a dot, and counts n
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -154,11 +155,9 @@ class Checkpoints:
         Raises:
             ValueError: it is damaged, or in pieces and saved by another number of processes.
         """
-        checkpoints = self.whole()
-        if not checkpoints:
+        newest, state = gather.decided(self._newest)
+        if newest is None:
             return Position()
-        newest = checkpoints[-1]
-        state = read_json(newest / "state.json")
         self._check_resumable(newest, state)
         self._check(newest, state["sha256"])
         self.accelerator.load_state(str(newest))
@@ -171,6 +170,11 @@ class Checkpoints:
             self.accelerator.print(f"{newest}: saved by {saved} processes, gone on with by {now}")
         best = state["best"] and tuple(state["best"])
         return Position(state["step"], best, state["best_step"], state["since_best"])
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest checkpoint, and what it says of itself; None without one."""
+        checkpoints = self.whole()
+        return (checkpoints[-1], read_json(checkpoints[-1] / "state.json")) if checkpoints else (None, {})
 
     def _check_resumable(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Raises ValueError where this launch cannot take the checkpoint up."""
@@ -280,12 +284,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> bool:
+def open_run(config: TrainConfig, **facts: Any) -> bool:
     """Makes the run folder, or finds the same run begun there; called by all processes.
 
     Args:
         config: the resolved settings, saved as `config.json`.
-        accelerator: of this process.
         facts: saved beside them; `command`, `method` and `shards_sha256` must be those of the run begun.
 
     Returns:
@@ -294,16 +297,21 @@ def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> boo
     Raises:
         ValueError: the folder holds something else, or a run with other settings.
     """
-    run, begun = config.out, config.begun(facts)
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _clear(run)
-        if not begun:
-            with atomic_write(run / "config.json") as file:
-                file.write(config.to_json(**facts).encode())
-    accelerator.wait_for_everyone()
-    return (run / "model.json").is_file()
+    return gather.decided(functools.partial(_open, config, facts))
+
+
+def _open(config: TrainConfig, facts: Mapping[str, Any]) -> bool:
+    """`open_run` in the one process that looks into the folder and writes there."""
+    run = config.out
+    begun = config.begun(facts)
+    if (run / "model.json").is_file():
+        return True
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _clear(run)
+    if not begun:
+        with atomic_write(run / "config.json") as file:
+            file.write(config.to_json(**facts).encode())
+    return False
 
 
 def _clear(run: Path) -> None:

@@ -115,7 +115,7 @@ def train(received: signals.Received) -> None:
     # Optimiser
     rates = {"image": cfg.image_lr, "meta": cfg.meta_lr, "head": cfg.head_lr}
     optimizer = optim.make_optimizer(network, rates, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay)
-    if open_run(cfg, accelerator, **facts):  # now that all settings are known to fit
+    if open_run(cfg, **facts):  # now that all settings are known to fit
         accelerator.print(f"{cfg.out}: this run is complete")
         launch.finish(accelerator)
         return
