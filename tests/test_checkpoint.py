@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests import forked
-from xcon import checkpoint, tracking
+from xcon import checkpoint, config, tracking
 from xcon.checkpoint import Checkpoints, Position
 from xcon.config import FinetuneConfig, PretrainConfig
 
@@ -266,6 +267,48 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path: Path) -> No
     assert training.checkpoints.restore() == Position(2)
     checkpoint.open_run(settings(tmp_path), **FACTS)
     assert [path.name for path in folder.iterdir()] == ["step-2"]
+
+
+def test_what_cannot_be_removed_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS, where a file that is read elsewhere cannot go, nor be a part of a later checkpoint."""
+    checkpoint.open_run(settings(tmp_path), **FACTS)
+    training, folder = Training(tmp_path), tmp_path / "checkpoints"
+    for step in (1, 2):
+        training.checkpoints.save(Position(step))
+    (folder / ".step-3.partial").mkdir()
+    (folder / ".step-3.partial" / ".nfs1").write_bytes(b"read elsewhere")
+    unlink = os.unlink
+
+    def busy(path: str, **options: int) -> None:
+        if Path(path).name in ("optimizer.bin", ".nfs1"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    assert checkpoint.open_run(settings(tmp_path), **FACTS) is False
+    training.checkpoints.save(Position(3))
+    counts = "cannot be removed; it takes space and counts nowhere"
+    told = [f"{folder}/.step-{step}.partial: {counts}" for step in (3, 1)]
+    assert capsys.readouterr().err.splitlines() == told
+    assert {path.name for path in folder.iterdir()} == {".step-1.partial", "step-2", "step-3"}
+    assert training.checkpoints.restore() == Position(3)
+    assert not any(".nfs" in name for name in config.read_json(folder / "step-3" / "state.json")["sha256"])
+
+
+def test_a_checkpoint_that_cannot_be_understood_keeps_the_older_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(tmp_path)
+    for step in (1, 2, 3):
+        if step == 3:
+            (tmp_path / "checkpoints" / "step-2" / "state.json").write_text("{")
+        training.checkpoints.keep_weights(training.model, step)
+        training.checkpoints.save(Position(step, (0.5,), step))
+    assert "checkpoints: older checkpoints stay (" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "weights-2.safetensors").exists()
+    assert training.checkpoints.restore().step == 3
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])

@@ -7,6 +7,7 @@ best held-out result. The order of records needs no saving: it is a function of 
 What is being written or removed has a name that begins with a dot, and counts nowhere.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +23,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xcon import gather, launch
+from xcon import commandline, gather, launch
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
@@ -126,7 +127,8 @@ class Checkpoints:
 
     def _files(self, checkpoint: Path, position: Position) -> set[str]:
         """The files that a checkpoint needs, seen from it: its own, and the best weights where they are kept."""
-        found = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+        files = (path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(".nfs"))
+        found = {str(path.relative_to(checkpoint)) for path in files}
         best = self.weights(position.best_step or 0)
         return found | ({f"../{best.name}"} if best.is_file() else set())
 
@@ -235,16 +237,23 @@ class Checkpoints:
         return self.accelerator.distributed_type in IN_PIECES
 
     def _prune(self) -> None:
-        """Removes all but the newest checkpoints, and the weights that none of those names as its best."""
-        for old in self.whole()[:-KEPT]:
-            shutil.rmtree(old.replace(self.folder / f".{old.name}.partial"))
-        named = {self.weights(read_json(c / "state.json")["best_step"] or 0) for c in self.whole()}
-        for weights in set(self.folder.glob("weights-*.safetensors")) - named:
-            weights.unlink()
+        """Removes all but the newest checkpoints, and the weights that none of those names as its best.
+
+        What cannot be removed stays: the run is saved, and goes on.
+        """
+        try:
+            for old in self.whole()[:-KEPT]:
+                _remove(old.replace(self.folder / f".{old.name}.partial"))
+            named = {self.weights(read_json(c / "state.json")["best_step"] or 0) for c in self.whole()}
+            for weights in set(self.folder.glob("weights-*.safetensors")) - named:
+                weights.unlink()
+        except (OSError, ValueError) as error:
+            commandline.complain(str(self.folder), f"older checkpoints stay ({error})")
 
     def whole(self) -> list[Path]:
         """All whole checkpoints, the newest last."""
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        steps = {path.name.removeprefix("step-"): path for path in self.folder.glob("step-*")}
+        return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -316,7 +325,20 @@ def _open(config: TrainConfig, facts: Mapping[str, Any]) -> bool:
 
 def _clear(run: Path) -> None:
     """Removes what a process left that was killed while it wrote."""
-    for leftover in (run / "checkpoints").glob(".step-*.partial"):
-        shutil.rmtree(leftover)
-    for leftover in (run / "checkpoints").glob(".weights-*"):
-        leftover.unlink()
+    for pattern in (".step-*.partial", ".weights-*"):
+        for leftover in (run / "checkpoints").glob(pattern):
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder as far as that goes.
+
+    On NFS a file that another process reads lives on, as `.nfs...`, and its folder with it.
+    """
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if path.exists():
+        commandline.complain(str(path), "cannot be removed; it takes space and counts nowhere")
