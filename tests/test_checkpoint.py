@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,6 +268,33 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path: Path) -> No
     assert training.checkpoints.restore() == Position(2)
     checkpoint.open_run(settings(tmp_path), **FACTS)
     assert [path.name for path in folder.iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "[Errno 28] No space left on device); is there space left?",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "[Errno 122] Disk quota exceeded); is there space left?"),
+        (RuntimeError("PytorchStreamWriter failed"), "PytorchStreamWriter failed); is there space left?"),
+        (PermissionError(errno.EACCES, "Permission denied"), "[Errno 13] Permission denied); the same command"),
+        (OSError(), "OSError()); the same command"),
+    ],
+)
+def test_a_failed_save_says_why(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(tmp_path)
+
+    def fail(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(training.accelerator, "save_state", fail)
+    with pytest.raises(OSError, match=re.escape(f"the checkpoint of step 1 could not be written ({words}")):
+        training.checkpoints.save(Position(1))
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_what_cannot_be_removed_ends_no_training(

@@ -9,6 +9,7 @@ What is being written or removed has a name that begins with a dot, and counts n
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -29,6 +30,7 @@ from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
 
 Found = TypeVar("Found")
+_OF_TORCH = ("PytorchStream", "inline_container")  # what its errors of reading and writing have in common
 
 KEPT = 2
 REMEDY = "remove the folder to resume from the one before"
@@ -117,9 +119,10 @@ class Checkpoints:
         except OSError as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
+            question = "is there space left? " if _may_be_full(error) else ""
             raise OSError(
-                f"{self.folder}: the checkpoint of step {position.step} could not be written ({error}); is there "
-                "space left? The run goes on from the one before"
+                f"{self.folder}: the checkpoint of step {position.step} could not be written ({error}); {question}"
+                "the same command goes on from the one before"
             ) from error
         if main:
             self._prune()
@@ -218,17 +221,17 @@ class Checkpoints:
         Raises:
             OSError: it failed on one; on all of them, so that none waits for another in vain.
         """
-        found: list[tuple[Found | None, str]]
+        found: list[tuple[Found | None, str | None]]
         try:
-            found = [(action(), "")]
+            found = [(action(), None)]
         except (OSError, RuntimeError, SafetensorError, gather.CheckpointFailed) as error:
             causes = _causes(error)
             if not all(_of_files(cause) for cause in causes):
                 raise
-            found = [(None, "; ".join(str(cause) for cause in causes))]
+            found = [(None, "; ".join(str(cause) or repr(cause) for cause in causes))]
         everyones = gather_object(found)
         for _, trouble in everyones:
-            if trouble:
+            if trouble is not None:
                 raise OSError(trouble)
         return [result for result, _ in everyones]
 
@@ -265,9 +268,13 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _of_files(error: BaseException) -> bool:
     """Whether an error is of reading or writing; torch says RuntimeError of its files and of much else."""
-    return isinstance(error, OSError | SafetensorError) or any(
-        w in str(error) for w in ("PytorchStream", "inline_container")
-    )
+    return isinstance(error, OSError | SafetensorError) or any(words in str(error) for words in _OF_TORCH)
+
+
+def _may_be_full(error: OSError) -> bool:
+    """Whether the disk, or a quota, may be the reason; torch does not say why it cannot write."""
+    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), *_OF_TORCH)
+    return any(words in str(error) for words in full)
 
 
 def _settled(path: Path) -> str:
