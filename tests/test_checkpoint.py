@@ -68,6 +68,21 @@ def test_a_run_is_begun_resumed_and_complete(tmp_path: Path) -> None:
     assert checkpoint.open_run(settings(run), **FACTS) is True
 
 
+def test_a_process_that_was_killed_as_it_began_leaves_a_folder_that_may_become_a_run(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("")
+    (tmp_path / ".config.json.x1").write_text("{")
+    assert checkpoint.open_run(settings(tmp_path), **FACTS) is False
+    assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_complete_run_is_not_locked(tmp_path: Path) -> None:
+    checkpoint.open_run(settings(tmp_path), **FACTS)
+    (tmp_path / "lock").unlink()
+    (tmp_path / "model.json").write_text("{}")
+    assert checkpoint.open_run(settings(tmp_path), **FACTS) is True
+    assert not (tmp_path / "lock").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "facts", "message"),
     [

@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xcon import commandline, gather, launch
+from xcon import commandline, gather, launch, runlock
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
@@ -311,7 +311,7 @@ def open_run(config: TrainConfig, **facts: Any) -> bool:
         Whether the run is complete already.
 
     Raises:
-        ValueError: the folder holds something else, or a run with other settings.
+        ValueError: the folder holds something else, or a run with other settings, or another process trains there.
     """
     return gather.decided(functools.partial(_open, config, facts))
 
@@ -319,14 +319,16 @@ def open_run(config: TrainConfig, **facts: Any) -> bool:
 def _open(config: TrainConfig, facts: Mapping[str, Any]) -> bool:
     """`open_run` in the one process that looks into the folder and writes there."""
     run = config.out
-    begun = config.begun(facts)
+    config.begun(facts)
     if (run / "model.json").is_file():
         return True
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    _clear(run)
-    if not begun:
+    run.mkdir(parents=True, exist_ok=True)
+    runlock.take(run)
+    if not config.begun(facts):  # now that no other process can begin it
         with atomic_write(run / "config.json") as file:
             file.write(config.to_json(**facts).encode())
+    (run / "checkpoints").mkdir(exist_ok=True)
+    _clear(run)
     return False
 
 
