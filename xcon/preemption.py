@@ -71,9 +71,7 @@ class Saver:
         tracker.write("stop", at.step, {"signal": signalled})
         tracker.close()
         if self.accelerator.is_main_process:
-            if told := os.environ.get("XCON_STOPPED"):
-                with atomic_write(Path(told)) as file:
-                    file.write(f"step {at.step}\n".encode())
+            self._tell(at)
             commandline.complain(run, f"stopped at step {at.step} by {signalled}; give the same command again")
         if again:
             names = ", ".join(signal.Signals(number).name for number in again)
@@ -81,3 +79,12 @@ class Saver:
         self.accelerator.wait_for_everyone()  # no launcher ends the others before all is told
         launch.finish(self.accelerator, os.EX_TEMPFAIL)
         raise SystemExit(os.EX_TEMPFAIL)
+
+    def _tell(self, at: Position) -> None:
+        """Tells the batch script; where that fails the run is saved all the same, and the others wait for this one."""
+        if told := os.environ.get("XCON_STOPPED"):
+            try:
+                with atomic_write(Path(told)) as file:
+                    file.write(f"step {at.step}\n".encode())
+            except OSError as error:
+                commandline.complain("XCON_STOPPED", f"{error}: no job comes back by itself")
