@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xcon import commandline, gather, launch, runlock
+from xcon import commandline, gather, launch, runlock, tracking
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
@@ -146,6 +146,8 @@ class Checkpoints:
         }
         with atomic_write(partial / "state.json") as file:
             file.write((json.dumps(state) + "\n").encode())
+        if (log := self.run / tracking.LOG).is_file():
+            _to_disk(log)  # a resumed run goes on with it
         for folder in {(partial / name).parent for name in (*hashes, "state.json")}:
             _to_disk(folder)
         partial.replace(self.folder / f"step-{position.step}")

@@ -134,7 +134,7 @@ def train(received: signals.Received) -> None:
     at = checkpoints.restore()
     clock = Clock()
     saver = Saver(checkpoints, received, clock, every=cfg.checkpoint_every)
-    signalled = saver.asked()  # by a signal that came while all this was built
+    signalled = saver.asked_before()
     steps = range(0) if signalled or at.ended(total, cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps)
     reports = accelerator.is_main_process

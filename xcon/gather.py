@@ -13,6 +13,7 @@ the others'. With them it knows the gradient of its own rows completely, and its
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,9 @@ from xcon import contrast, losses
 from xcon.contrast import LogitGradient, Members, Participants
 
 Found = TypeVar("Found")
+
+# As long one process waits for another before it takes it for lost.
+PATIENCE = datetime.timedelta(minutes=10)
 
 # Where processes write a checkpoint together, as under FSDP2: what each of them raises, with the errors of all.
 CheckpointFailed = CheckpointException
@@ -148,8 +152,8 @@ def largest(number: int) -> int:
 
 @functools.cache
 def _processors() -> dist.ProcessGroup:
-    """All processes once more, for what they exchange between processors."""
-    group = dist.new_group(backend="gloo")
+    """All processes once more, for what they exchange between processors; as patient as NCCL, not thrice that."""
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
