@@ -135,7 +135,7 @@ def decided(action: Callable[[], Found]) -> Found:
     result, failure = found
     if failure is not None:
         raise failure
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def largest(number: int) -> int:
