@@ -1,9 +1,13 @@
 """Runs begun, interrupted and resumed: positions by hand, what is refused, the log cut where it resumes."""
 
+import concurrent.futures
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +16,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from xcon import checkpoint, tracking
+from tests import forked
+from xcon import checkpoint, config, tracking
 from xcon.checkpoint import Checkpoints, Position
 from xcon.config import FinetuneConfig, PretrainConfig
 
 FACTS = {"command": "pretrain", "recipe": "demo", "method": "clip", "shards_sha256": "ab"}
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
 
 
 def settings(run: Path, **changes: object) -> PretrainConfig:
@@ -52,20 +52,35 @@ def test_positions_by_hand() -> None:
 # ---- run folders
 
 
-def test_a_run_is_begun_resumed_and_complete(tmp_path: Path, accelerator: Accelerator) -> None:
+def test_a_run_is_begun_resumed_and_complete(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert checkpoint.open_run(settings(run), accelerator, **FACTS) is False
+    assert checkpoint.open_run(settings(run), **FACTS) is False
     saved = json.loads((run / "config.json").read_text())
     assert {name: saved[name] for name in FACTS} == FACTS
     assert saved["batch_size"] == 32
     partial = run / "checkpoints" / ".step-7.partial"
     partial.mkdir()
     moved = settings(run, workers=0, checkpoint_every=5, shards=Path("moved"))
-    assert checkpoint.open_run(moved, accelerator, **{**FACTS, "recipe": "run/config.json"}) is False
+    assert checkpoint.open_run(moved, **{**FACTS, "recipe": "run/config.json"}) is False
     assert not partial.exists()
     assert json.loads((run / "config.json").read_text()) == saved
     (run / "model.json").write_text("{}")
-    assert checkpoint.open_run(settings(run), accelerator, **FACTS) is True
+    assert checkpoint.open_run(settings(run), **FACTS) is True
+
+
+def test_a_process_that_was_killed_as_it_began_leaves_a_folder_that_may_become_a_run(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("")
+    (tmp_path / ".config.json.x1").write_text("{")
+    assert checkpoint.open_run(settings(tmp_path), **FACTS) is False
+    assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_complete_run_is_not_locked(tmp_path: Path) -> None:
+    checkpoint.open_run(settings(tmp_path), **FACTS)
+    (tmp_path / "lock").unlink()
+    (tmp_path / "model.json").write_text("{}")
+    assert checkpoint.open_run(settings(tmp_path), **FACTS) is True
+    assert not (tmp_path / "lock").exists()
 
 
 @pytest.mark.parametrize(
@@ -77,37 +92,35 @@ def test_a_run_is_begun_resumed_and_complete(tmp_path: Path, accelerator: Accele
         ({}, {"command": "finetune"}, "command was pretrain, now finetune"),
     ],
 )
-def test_a_run_with_other_settings_is_refused(
-    tmp_path: Path, accelerator: Accelerator, changes: dict, facts: dict, message: str
-) -> None:
-    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+def test_a_run_with_other_settings_is_refused(tmp_path: Path, changes: dict, facts: dict, message: str) -> None:
+    checkpoint.open_run(settings(tmp_path), **FACTS)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ValueError, match=message):
-        checkpoint.open_run(settings(tmp_path, **changes), accelerator, **{**FACTS, **facts})
+        checkpoint.open_run(settings(tmp_path, **changes), **{**FACTS, **facts})
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_the_run_of_another_command_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:
-    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+def test_the_run_of_another_command_is_refused(tmp_path: Path) -> None:
+    checkpoint.open_run(settings(tmp_path), **FACTS)
     with pytest.raises(ValueError, match="command was pretrain, now finetune"):
         checkpoint.open_run(
-            FinetuneConfig(shards=Path("shards"), out=tmp_path), accelerator, **{**FACTS, "command": "finetune"}
+            FinetuneConfig(shards=Path("shards"), out=tmp_path), **{**FACTS, "command": "finetune"}
         )
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, accelerator: Accelerator) -> None:
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     folder, file = tmp_path / "photos", tmp_path / "file"
     folder.mkdir()
     (folder / "bird.jpg").write_bytes(b"")
     file.write_text("")
     for path in (folder, file):
         with pytest.raises(ValueError, match=f"{path}: neither empty nor a run folder: choose another --out"):
-            checkpoint.open_run(settings(path), accelerator, **FACTS)
+            checkpoint.open_run(settings(path), **FACTS)
     assert [path.name for path in folder.iterdir()] == ["bird.jpg"]
 
 
-def test_an_empty_folder_may_become_a_run(tmp_path: Path, accelerator: Accelerator) -> None:
-    assert checkpoint.open_run(settings(tmp_path), accelerator, **FACTS) is False
+def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
+    assert checkpoint.open_run(settings(tmp_path), **FACTS) is False
 
 
 # ---- checkpoints
@@ -257,9 +270,9 @@ def test_an_old_checkpoint_goes_after_the_new_one_is_whole(
     assert done[goes:] == [("name", ".step-1.partial"), ("remove", ".step-1.partial")]
 
 
-def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path: Path, accelerator: Accelerator) -> None:
+def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
     """Half a checkpoint, half a removal and half of the best weights go when the run is taken up again."""
-    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+    checkpoint.open_run(settings(tmp_path), **FACTS)
     training = Training(tmp_path)
     training.checkpoints.save(Position(2))
     folder = tmp_path / "checkpoints"
@@ -268,8 +281,77 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path: Path, accel
         (folder / name / "model.safetensors").write_bytes(b"half")
     (folder / ".weights-4.safetensors.x1").write_bytes(b"half")
     assert training.checkpoints.restore() == Position(2)
-    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+    checkpoint.open_run(settings(tmp_path), **FACTS)
     assert [path.name for path in folder.iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "[Errno 28] No space left on device); is there space left?",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "[Errno 122] Disk quota exceeded); is there space left?"),
+        (RuntimeError("PytorchStreamWriter failed"), "PytorchStreamWriter failed); is there space left?"),
+        (PermissionError(errno.EACCES, "Permission denied"), "[Errno 13] Permission denied); the same command"),
+        (OSError(), "OSError()); the same command"),
+    ],
+)
+def test_a_failed_save_says_why(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(tmp_path)
+
+    def fail(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(training.accelerator, "save_state", fail)
+    with pytest.raises(OSError, match=re.escape(f"the checkpoint of step 1 could not be written ({words}")):
+        training.checkpoints.save(Position(1))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_cannot_be_removed_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS, where a file that is read elsewhere cannot go, nor be a part of a later checkpoint."""
+    checkpoint.open_run(settings(tmp_path), **FACTS)
+    training, folder = Training(tmp_path), tmp_path / "checkpoints"
+    for step in (1, 2):
+        training.checkpoints.save(Position(step))
+    (folder / ".step-3.partial").mkdir()
+    (folder / ".step-3.partial" / ".nfs1").write_bytes(b"read elsewhere")
+    unlink = os.unlink
+
+    def busy(path: str, **options: int) -> None:
+        if Path(path).name in ("optimizer.bin", ".nfs1"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    assert checkpoint.open_run(settings(tmp_path), **FACTS) is False
+    training.checkpoints.save(Position(3))
+    counts = "cannot be removed; it takes space and counts nowhere"
+    told = [f"{folder}/.step-{step}.partial: {counts}" for step in (3, 1)]
+    assert capsys.readouterr().err.splitlines() == told
+    assert {path.name for path in folder.iterdir()} == {".step-1.partial", "step-2", "step-3"}
+    assert training.checkpoints.restore() == Position(3)
+    assert not any(".nfs" in name for name in config.read_json(folder / "step-3" / "state.json")["sha256"])
+
+
+def test_a_checkpoint_that_cannot_be_understood_keeps_the_older_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(tmp_path)
+    for step in (1, 2, 3):
+        if step == 3:
+            (tmp_path / "checkpoints" / "step-2" / "state.json").write_text("{")
+        training.checkpoints.keep_weights(training.model, step)
+        training.checkpoints.save(Position(step, (0.5,), step))
+    assert "checkpoints: older checkpoints stay (" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "weights-2.safetensors").exists()
+    assert training.checkpoints.restore().step == 3
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])
@@ -284,6 +366,53 @@ def test_another_number_of_processes_is_refused_where_each_has_a_piece(tmp_path:
             training.checkpoints.restore()
     else:
         assert training.checkpoints.restore() == Position(1)
+
+
+# ---- what two processes agree on
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[concurrent.futures.Executor]:
+    with forked.host() as executor:
+        yield executor
+
+
+def two(host: concurrent.futures.Executor, folder: Path, work: Callable[..., None], *argv: object) -> list[dict]:
+    """What `work` finds on each of two processes, which it leaves in `RANK.json`."""
+    folder.mkdir()
+    host.submit(forked.run, "ddp", folder, work, folder, *argv).result()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(forked.PROCESSES)]
+
+
+def tell(folder: Path, rank: int, found: dict) -> None:
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def see_another_folder(rank: int, folder: Path, run: Path) -> None:
+    """The second process sees neither that the run has begun nor its newest checkpoint, then not that it ended."""
+    found: dict[str, object] = {"complete": [checkpoint.open_run(settings(run), **FACTS)]}
+    training = Training(run)
+    for step in (1, 2):
+        training.checkpoints.save(Position(step))
+    if rank:
+        Checkpoints.whole = lambda self: [run / "checkpoints" / "step-1"]
+        PretrainConfig.begun = lambda *_: False
+    found["restored"] = training.checkpoints.restore().step
+    if not rank:
+        (run / "model.json").write_text("{}")
+    for changes in ({}, {"epochs": 3}):
+        try:
+            found["complete"].append(checkpoint.open_run(settings(run, **changes), **FACTS))
+        except ValueError as error:
+            found["refused"] = str(error)
+    tell(folder, rank, found)
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_looks_into_the_folder(host: concurrent.futures.Executor, tmp_path: Path) -> None:
+    found = two(host, tmp_path / "meeting", see_another_folder, tmp_path / "run")
+    refused = f"{tmp_path}/run: holds a run with other settings (--epochs was 200, now 3): choose another --out"
+    assert found == [{"complete": [False, True], "restored": 2, "refused": refused}] * forked.PROCESSES
 
 
 # ---- the log
@@ -339,7 +468,7 @@ def test_progress_is_a_line_where_there_is_no_terminal(tmp_path: Path, capfd: py
     assert "train 5/10" in capfd.readouterr().err
 
 
-def test_every_setting_is_saved(tmp_path: Path, accelerator: Accelerator) -> None:
-    checkpoint.open_run(settings(tmp_path), accelerator, **FACTS)
+def test_every_setting_is_saved(tmp_path: Path) -> None:
+    checkpoint.open_run(settings(tmp_path), **FACTS)
     names = {field.name for field in dataclasses.fields(PretrainConfig)}
     assert set(json.loads((tmp_path / "config.json").read_text())) == names | set(FACTS)

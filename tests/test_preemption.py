@@ -224,17 +224,17 @@ def argv(settings: tuple[str, ...], shards: Path, run: Path, *more: str) -> list
 
 @pytest.fixture(scope="module")
 def undisturbed(launched: Callable[..., Ended], tiny_shards: Path, folder: Path) -> Path:
-    """Fine-tuning of 120 steps from start to end."""
+    """Fine-tuning of 96 steps from start to end."""
     run = folder / "undisturbed"
-    ended = launched("finetune", argv(FINETUNE, tiny_shards, run, "--epochs", "30"), None)
+    ended = launched("finetune", argv(FINETUNE, tiny_shards, run, "--epochs", "24"), None)
     assert ended.statuses == [0, 0], ended.told
     return run
 
 
 def strikes(draw: random.Random) -> list[Strike]:
     """Twenty kills of one rank: ten when a checkpoint is begun, seven anywhere in training, three at its start."""
-    saving = [Strike(signal.SIGKILL, (), 1 + i % 2, saving=True, delay=i // 4 * 0.01) for i in range(10)]
-    training_ = [Strike(signal.SIGKILL, (), draw.randrange(1, 6), delay=draw.uniform(0, 0.05)) for _ in range(7)]
+    saving = [Strike(signal.SIGKILL, (), 1 + i % 2, saving=True, delay=i // 5 * 0.01) for i in range(10)]
+    training_ = [Strike(signal.SIGKILL, (), draw.randrange(1, 5), delay=draw.uniform(0, 0.05)) for _ in range(7)]
     starting = [Strike(signal.SIGKILL, (), 2, within=draw.uniform(0, 2)) for _ in range(3)]
     every = [dataclasses.replace(s, ranks=(draw.randrange(2),)) for s in (*saving, *training_, *starting)]
     draw.shuffle(every)
@@ -248,9 +248,9 @@ def test_killed_twenty_times(
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # noqa: T201
     run, kept, unfinished = folder / "killed", 0, 0
-    command = argv(FINETUNE, tiny_shards, run, "--epochs", "30")
+    command = argv(FINETUNE, tiny_shards, run, "--epochs", "24")
     for i, strike in enumerate(strikes(random.Random(seed))):
-        helped = argv(FINETUNE, tiny_shards, run, "--epochs", "30", *(("--workers", "1") if i % 3 == 0 else ()))
+        helped = argv(FINETUNE, tiny_shards, run, "--epochs", "24", *(("--workers", "1") if i % 3 == 0 else ()))
         ended = launched("finetune", helped, strike)
         assert ended.statuses[strike.ranks[0]] == KILLED, ended.told
         assert ended.orphans == 0
@@ -258,7 +258,7 @@ def test_killed_twenty_times(
         assert saved(run) >= kept
         kept = saved(run)
         unfinished += bool(partials(run))
-    print(f"killed 20 times, {unfinished} in saving; step {kept} of 120")  # noqa: T201
+    print(f"killed 20 times, {unfinished} in saving; step {kept} of 96")  # noqa: T201
     assert unfinished > 0
     ended = launched("finetune", command, None)
     assert ended.statuses == [0, 0], ended.told

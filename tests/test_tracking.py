@@ -158,6 +158,7 @@ class Event:
 
 def test_a_gpu_that_is_behind_does_not_wait(hands: Time, monkeypatch: pytest.MonkeyPatch) -> None:
     """The processor waits 3 s for each batch; the GPU is idle for 0.5 s of them, and works for 3.5 s."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
@@ -311,6 +312,7 @@ def test_on_a_terminal_a_bar_has_the_loss_and_the_speed(
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was busy for 40 per cent of the last second, of which 12.344 GB were taken."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_344_000_000)
     monkeypatch.setattr(torch.cuda, "utilization", lambda: 40)

@@ -7,7 +7,10 @@ best held-out result. The order of records needs no saving: it is a function of 
 What is being written or removed has a name that begins with a dot, and counts nowhere.
 """
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -21,12 +24,13 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xcon import gather, launch
+from xcon import commandline, gather, launch, runlock, tracking
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
 from xcon.records import atomic_write
 
 Found = TypeVar("Found")
+_OF_TORCH = ("PytorchStream", "inline_container")  # what its errors of reading and writing have in common
 
 KEPT = 2
 REMEDY = "remove the folder to resume from the one before"
@@ -115,9 +119,10 @@ class Checkpoints:
         except OSError as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
+            question = "is there space left? " if _may_be_full(error) else ""
             raise OSError(
-                f"{self.folder}: the checkpoint of step {position.step} could not be written ({error}); is there "
-                "space left? The run goes on from the one before"
+                f"{self.folder}: the checkpoint of step {position.step} could not be written ({error}); {question}"
+                "the same command goes on from the one before"
             ) from error
         if main:
             self._prune()
@@ -125,7 +130,8 @@ class Checkpoints:
 
     def _files(self, checkpoint: Path, position: Position) -> set[str]:
         """The files that a checkpoint needs, seen from it: its own, and the best weights where they are kept."""
-        found = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+        files = (path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(".nfs"))
+        found = {str(path.relative_to(checkpoint)) for path in files}
         best = self.weights(position.best_step or 0)
         return found | ({f"../{best.name}"} if best.is_file() else set())
 
@@ -140,6 +146,8 @@ class Checkpoints:
         }
         with atomic_write(partial / "state.json") as file:
             file.write((json.dumps(state) + "\n").encode())
+        if (log := self.run / tracking.LOG).is_file():
+            _to_disk(log)  # a resumed run goes on with it
         for folder in {(partial / name).parent for name in (*hashes, "state.json")}:
             _to_disk(folder)
         partial.replace(self.folder / f"step-{position.step}")
@@ -154,11 +162,9 @@ class Checkpoints:
         Raises:
             ValueError: it is damaged, or in pieces and saved by another number of processes.
         """
-        checkpoints = self.whole()
-        if not checkpoints:
+        newest, state = gather.decided(self._newest)
+        if newest is None:
             return Position()
-        newest = checkpoints[-1]
-        state = read_json(newest / "state.json")
         self._check_resumable(newest, state)
         self._check(newest, state["sha256"])
         self.accelerator.load_state(str(newest))
@@ -171,6 +177,11 @@ class Checkpoints:
             self.accelerator.print(f"{newest}: saved by {saved} processes, gone on with by {now}")
         best = state["best"] and tuple(state["best"])
         return Position(state["step"], best, state["best_step"], state["since_best"])
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest checkpoint, and what it says of itself; None without one."""
+        checkpoints = self.whole()
+        return (checkpoints[-1], read_json(checkpoints[-1] / "state.json")) if checkpoints else (None, {})
 
     def _check_resumable(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Raises ValueError where this launch cannot take the checkpoint up."""
@@ -212,17 +223,17 @@ class Checkpoints:
         Raises:
             OSError: it failed on one; on all of them, so that none waits for another in vain.
         """
-        found: list[tuple[Found | None, str]]
+        found: list[tuple[Found | None, str | None]]
         try:
-            found = [(action(), "")]
+            found = [(action(), None)]
         except (OSError, RuntimeError, SafetensorError, gather.CheckpointFailed) as error:
             causes = _causes(error)
             if not all(_of_files(cause) for cause in causes):
                 raise
-            found = [(None, "; ".join(str(cause) for cause in causes))]
+            found = [(None, "; ".join(str(cause) or repr(cause) for cause in causes))]
         everyones = gather_object(found)
         for _, trouble in everyones:
-            if trouble:
+            if trouble is not None:
                 raise OSError(trouble)
         return [result for result, _ in everyones]
 
@@ -231,16 +242,23 @@ class Checkpoints:
         return self.accelerator.distributed_type in IN_PIECES
 
     def _prune(self) -> None:
-        """Removes all but the newest checkpoints, and the weights that none of those names as its best."""
-        for old in self.whole()[:-KEPT]:
-            shutil.rmtree(old.replace(self.folder / f".{old.name}.partial"))
-        named = {self.weights(read_json(c / "state.json")["best_step"] or 0) for c in self.whole()}
-        for weights in set(self.folder.glob("weights-*.safetensors")) - named:
-            weights.unlink()
+        """Removes all but the newest checkpoints, and the weights that none of those names as its best.
+
+        What cannot be removed stays: the run is saved, and goes on.
+        """
+        try:
+            for old in self.whole()[:-KEPT]:
+                _remove(old.replace(self.folder / f".{old.name}.partial"))
+            named = {self.weights(read_json(c / "state.json")["best_step"] or 0) for c in self.whole()}
+            for weights in set(self.folder.glob("weights-*.safetensors")) - named:
+                weights.unlink()
+        except (OSError, ValueError) as error:
+            commandline.complain(str(self.folder), f"older checkpoints stay ({error})")
 
     def whole(self) -> list[Path]:
         """All whole checkpoints, the newest last."""
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        steps = {path.name.removeprefix("step-"): path for path in self.folder.glob("step-*")}
+        return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -252,9 +270,13 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _of_files(error: BaseException) -> bool:
     """Whether an error is of reading or writing; torch says RuntimeError of its files and of much else."""
-    return isinstance(error, OSError | SafetensorError) or any(
-        w in str(error) for w in ("PytorchStream", "inline_container")
-    )
+    return isinstance(error, OSError | SafetensorError) or any(words in str(error) for words in _OF_TORCH)
+
+
+def _may_be_full(error: OSError) -> bool:
+    """Whether the disk, or a quota, may be the reason; torch does not say why it cannot write."""
+    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), *_OF_TORCH)
+    return any(words in str(error) for words in full)
 
 
 def _settled(path: Path) -> str:
@@ -280,35 +302,54 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator, **facts: Any) -> bool:
+def open_run(config: TrainConfig, **facts: Any) -> bool:
     """Makes the run folder, or finds the same run begun there; called by all processes.
 
     Args:
         config: the resolved settings, saved as `config.json`.
-        accelerator: of this process.
         facts: saved beside them; `command`, `method` and `shards_sha256` must be those of the run begun.
 
     Returns:
         Whether the run is complete already.
 
     Raises:
-        ValueError: the folder holds something else, or a run with other settings.
+        ValueError: the folder holds something else, or a run with other settings, or another process trains there.
     """
-    run, begun = config.out, config.begun(facts)
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _clear(run)
-        if not begun:
-            with atomic_write(run / "config.json") as file:
-                file.write(config.to_json(**facts).encode())
-    accelerator.wait_for_everyone()
-    return (run / "model.json").is_file()
+    return gather.decided(functools.partial(_open, config, facts))
+
+
+def _open(config: TrainConfig, facts: Mapping[str, Any]) -> bool:
+    """`open_run` in the one process that looks into the folder and writes there."""
+    run = config.out
+    config.begun(facts)
+    if (run / "model.json").is_file():
+        return True
+    run.mkdir(parents=True, exist_ok=True)
+    runlock.take(run)
+    if not config.begun(facts):  # now that no other process can begin it
+        with atomic_write(run / "config.json") as file:
+            file.write(config.to_json(**facts).encode())
+    (run / "checkpoints").mkdir(exist_ok=True)
+    _clear(run)
+    return False
 
 
 def _clear(run: Path) -> None:
     """Removes what a process left that was killed while it wrote."""
-    for leftover in (run / "checkpoints").glob(".step-*.partial"):
-        shutil.rmtree(leftover)
-    for leftover in (run / "checkpoints").glob(".weights-*"):
-        leftover.unlink()
+    for pattern in (".step-*.partial", ".weights-*"):
+        for leftover in (run / "checkpoints").glob(pattern):
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder as far as that goes.
+
+    On NFS a file that another process reads lives on, as `.nfs...`, and its folder with it.
+    """
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if path.exists():
+        commandline.complain(str(path), "cannot be removed; it takes space and counts nowhere")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xcon import launch
+
 # Legend: k vectors of a modality, D width.
 
 Mark = float | torch.cuda.Event
@@ -20,7 +22,7 @@ Loss = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]
 
 def mark() -> Mark:
     """Now: where the GPU stands in its work, or the time."""
-    if not torch.cuda.is_available():
+    if not launch.uses_cuda():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
+from xcon import runlock
 from xcon.commandline import one_line_errors
 
 # What an image tower is where nothing else is said (paper, section 3.1, "Image Embedding").
@@ -65,7 +66,7 @@ class RunConfig:
         """
         saved = self.out / "config.json"
         if not saved.is_file():
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if self.out.exists() and not (self.out.is_dir() and all(map(_of_a_beginning, self.out.iterdir()))):
                 raise ValueError(f"{self.out}: neither empty nor a run folder: choose another --out")
             return False
         was = read_json(saved)
@@ -582,6 +583,11 @@ def read_config(file: Path, kind: type[Train]) -> Train:
         return kind(**read)
     except TypeError as error:
         raise ValueError(f"{file}: a value of the wrong kind ({error})") from None
+
+
+def _of_a_beginning(file: Path) -> bool:
+    """Whether a process that was killed as it began a run leaves this: the lock, half of the settings."""
+    return file.name == runlock.NAME or file.name.startswith(".config.json.")
 
 
 def read_json(file: Path) -> dict[str, Any]:

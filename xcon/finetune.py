@@ -115,7 +115,7 @@ def train(received: signals.Received) -> None:
     # Optimiser
     rates = {"image": cfg.image_lr, "meta": cfg.meta_lr, "head": cfg.head_lr}
     optimizer = optim.make_optimizer(network, rates, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay)
-    if open_run(cfg, accelerator, **facts):  # now that all settings are known to fit
+    if open_run(cfg, **facts):  # now that all settings are known to fit
         accelerator.print(f"{cfg.out}: this run is complete")
         launch.finish(accelerator)
         return
@@ -134,7 +134,7 @@ def train(received: signals.Received) -> None:
     at = checkpoints.restore()
     clock = Clock()
     saver = Saver(checkpoints, received, clock, every=cfg.checkpoint_every)
-    signalled = saver.asked()  # by a signal that came while all this was built
+    signalled = saver.asked_before()
     steps = range(0) if signalled or at.ended(total, cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps)
     reports = accelerator.is_main_process

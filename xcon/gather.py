@@ -13,10 +13,11 @@ the others'. With them it knows the gradient of its own rows completely, and its
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from xcon import contrast, losses
 from xcon.contrast import LogitGradient, Members, Participants
+
+Found = TypeVar("Found")
+
+# As long one process waits for another before it takes it for lost.
+PATIENCE = datetime.timedelta(minutes=10)
 
 # Where processes write a checkpoint together, as under FSDP2: what each of them raises, with the errors of all.
 CheckpointFailed = CheckpointException
@@ -110,6 +116,28 @@ def agree(values: Mapping[str, float], device: torch.device) -> dict[str, float]
     return dict(zip(values, numbers.tolist(), strict=True))
 
 
+def decided(action: Callable[[], Found]) -> Found:
+    """What an action on files gives on the first process, on all of them; called by all processes.
+
+    What a folder holds is not for each process to see: those of another node may see an older list of it.
+
+    Raises:
+        ValueError, OSError: it failed; on all processes.
+    """
+    found: list[Any] = [None, None]
+    if world_size() == 1 or dist.get_rank() == 0:
+        try:
+            found[0] = action()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(found, src=0, group=_processors())
+    result, failure = found
+    if failure is not None:
+        raise failure
+    return result
+
+
 def largest(number: int) -> int:
     """The largest of the numbers that the processes give, on all of them; called by all processes.
 
@@ -124,8 +152,8 @@ def largest(number: int) -> int:
 
 @functools.cache
 def _processors() -> dist.ProcessGroup:
-    """All processes once more, for what they exchange between processors."""
-    group = dist.new_group(backend="gloo")
+    """All processes once more, for what they exchange between processors; as patient as NCCL, not thrice that."""
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from xcon import images, signals
+from xcon import images, launch, signals
 from xcon.config import MODALITIES
 from xcon.geotime import known, moved
 from xcon.images import Transform
@@ -183,7 +183,7 @@ def make_loader(
         batch_sampler=_Batches(order, share, steps),
         collate_fn=collated,
         num_workers=share.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=launch.uses_cuda(),
         prefetch_factor=4 if share.workers else None,
         worker_init_fn=signals.end_with_parent,
         generator=torch.Generator(),  # its own, so that starting a loader does not move the global one

@@ -1,7 +1,8 @@
 """How a run makes way: it saves where it stands, says so, and ends with a status that asks to be started again.
 
 On SIGTERM or SIGUSR1 all processes agree at the end of a step, whichever of them got the signal. The file that the
-environment variable `XCON_STOPPED` names then tells a batch script that the run has stopped and not failed.
+environment variable `XCON_STOPPED` names then tells a batch script that the run has stopped and not failed. The
+file that `XCON_ASKED` names tells the run of a signal that came before there was a trainer to hear it.
 """
 
 import os
@@ -38,6 +39,13 @@ class Saver:
         number = gather.largest(self.received.numbers[0] if self.received.numbers else 0)
         return signal.Signals(number).name if number else None
 
+    def asked_before(self) -> str | None:
+        """`asked` before the first step: by a signal that came while all was built, or before this process was."""
+        file = os.environ.get("XCON_ASKED")
+        if self.accelerator.is_main_process and file and Path(file).exists() and not self.received.numbers:
+            self.received.numbers.append(signal.SIGUSR1)
+        return self.asked()
+
     def after_step(self, at: Position, loss: Tensor) -> str | None:
         """Saves the run if it is time to; called by all processes after every step.
 
@@ -71,9 +79,7 @@ class Saver:
         tracker.write("stop", at.step, {"signal": signalled})
         tracker.close()
         if self.accelerator.is_main_process:
-            if told := os.environ.get("XCON_STOPPED"):
-                with atomic_write(Path(told)) as file:
-                    file.write(f"step {at.step}\n".encode())
+            self._tell(at)
             commandline.complain(run, f"stopped at step {at.step} by {signalled}; give the same command again")
         if again:
             names = ", ".join(signal.Signals(number).name for number in again)
@@ -81,3 +87,12 @@ class Saver:
         self.accelerator.wait_for_everyone()  # no launcher ends the others before all is told
         launch.finish(self.accelerator, os.EX_TEMPFAIL)
         raise SystemExit(os.EX_TEMPFAIL)
+
+    def _tell(self, at: Position) -> None:
+        """Tells the batch script; where that fails the run is saved all the same, and the others wait for it."""
+        if told := os.environ.get("XCON_STOPPED"):
+            try:
+                with atomic_write(Path(told)) as file:
+                    file.write(f"step {at.step}\n".encode())
+            except OSError as error:
+                commandline.complain("XCON_STOPPED", f"{error}: no job comes back by itself")

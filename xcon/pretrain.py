@@ -63,7 +63,7 @@ def train(received: signals.Received) -> None:
     with accelerator.main_process_first():  # one process downloads, the others find it in the cache
         towers, text = start.contrastive_towers(cfg, shards, accelerator.device)
     facts = {"command": "pretrain", "recipe": recipe, "method": cfg.method, "shards_sha256": shards.card.sha256}
-    if open_run(cfg, accelerator, **facts):
+    if open_run(cfg, **facts):
         accelerator.print(f"{cfg.out}: this run is complete")
         launch.finish(accelerator)
         return
@@ -103,7 +103,7 @@ def train(received: signals.Received) -> None:
     at = checkpoints.restore()
     clock = Clock()
     saver = Saver(checkpoints, received, clock, every=cfg.checkpoint_every)
-    signalled = saver.asked()  # by a signal that came while all this was built
+    signalled = saver.asked_before()
     steps = range(0) if signalled or at.ended(total, cfg.patience) else range(at.step, total)
     batches = make_loader(records, order, share, steps=steps, captions=shared)
     reports = accelerator.is_main_process

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from xcon import launch
 from xcon.bottleneck import Watch
 from xcon.records import atomic_write
 
@@ -144,7 +145,7 @@ class Tracker(Silent):
         self.board.close()
 
     def _open_gpu(self) -> Gpu | None:
-        if not torch.cuda.is_available():
+        if not launch.uses_cuda():
             return None
         try:
             return Gpu()
@@ -154,7 +155,7 @@ class Tracker(Silent):
 
     def _gpu_facts(self) -> dict[str, float]:
         """What the GPU of this process does; nothing without one."""
-        if not torch.cuda.is_available():
+        if not launch.uses_cuda():
             return {}
         peak = {"gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
         return {**(self.gpu.facts() if self.gpu else {}), **peak}
