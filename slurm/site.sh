@@ -70,10 +70,13 @@ if [ -n "${XCON_IMAGE:-}" ]; then
 fi
 
 # Becomes COMMAND, in the container if there is one, with the Python environment active; `exec`, so that a signal
-# for the job reaches it.
+# for the job reaches it. A signal that this shell ignores is ignored anew inside: a container's tool, written in Go,
+# handles it, and what is handled has its default effect, the end, in what the tool starts.
 become() { # COMMAND [ARGUMENT ...]
+  local ignored
+  ignored=$(trap -p TERM USR1)
   # shellcheck disable=SC2016 # expanded inside
-  exec "${container[@]}" bash -c 'source "$0" && exec "$@"' "$environment" "$@"
+  exec "${container[@]}" bash -c "${ignored:+$ignored; }"'source "$0" && exec "$@"' "$environment" "$@"
 }
 
 # Shares this node's cores out: sets `processes`, one per GPU or one without, `workers`, each one's to decode, and the

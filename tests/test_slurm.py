@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -231,6 +232,51 @@ def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_director
     ]
 
 
+# In place of the container's tool: as one written in Go it leaves no signal ignored in what it starts.
+CONTAINER = """#!{python}
+import os, signal, sys
+
+for one in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(one, signal.SIG_DFL)
+os.execvp("bash", sys.argv[sys.argv.index("bash") :])
+"""
+
+
+def programs(folder: Path, **texts: str) -> Path:
+    """Stand-ins for programs, in a folder; returns a file to source, with which they are found first."""
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "env").write_text(f"PATH={folder}:$PATH\n")
+    return folder / "env"
+
+
+def in_container(folder: Path) -> dict[str, str]:
+    """Settings by which a job runs in a container, which is a stand-in."""
+    programs(folder, apptainer=CONTAINER.format(python=sys.executable))
+    (folder / "image.sif").touch()
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "XCON_IMAGE": str(folder / "image.sif")}
+
+
+@pytest.mark.parametrize("contained", [False, True])
+def test_launchers_ignore_what_the_trainers_handle(contained: bool, tmp_path: Path):
+    """`accelerate` is a stand-in that shows which signals it ignores: bit n - 1 stands for signal n."""
+    settings = in_container(tmp_path) if contained else {"PATH": os.environ["PATH"]}
+    environment = programs(tmp_path, accelerate="#!/bin/bash\nexec grep SigIgn: /proc/self/status\n")
+    settings |= {"XCON_ENV": str(environment), "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "slurm/launch.sh", "xcon/pretrain.py", "demo"],
+        cwd=ROOT,
+        env=settings,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    ignored = int(done.stdout.splitlines()[-1].split()[1], 16)
+    both = 1 << signal.SIGTERM - 1 | 1 << signal.SIGUSR1 - 1
+    assert ignored & both == both
+
+
 class Layout(NamedTuple):
     """What a job is given, and what must come of it on each node."""
 
@@ -307,15 +353,14 @@ if what == "waits" and restart == 0 or what == "stops":
 
 @pytest.mark.slurm
 def test_stopped_jobs_come_back_where_that_leads_somewhere(cluster: Cluster, tmp_path: Path):
-    for name in ("accelerate", "xcon"):
-        (tmp_path / name).write_text(STAND_IN.format(python=sys.executable))
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
+    trainer = STAND_IN.format(python=sys.executable)
+    launcher = f'#!/bin/bash\n{tmp_path}/trainer "$@"\nexit $?\n'  # a process of its own, as a launcher is
+    environment = programs(tmp_path, accelerate=launcher, trainer=trainer, xcon=trainer)
+    settings = in_container(tmp_path)
 
-    def submit(what: str, script: str = "pretrain", *options: str, **settings: str) -> str:
-        settings["XCON_ENV"] = str(tmp_path / "env")
-        more = ["--nodes=2"] if script == "pretrain" else []
-        return cluster.submit(*more, *options, f"slurm/{script}.sh", what, **settings)
+    def submit(what: str, script: str = "pretrain", *options: str, **more: str) -> str:
+        options = (*(["--nodes=2"] if script == "pretrain" else []), *options)
+        return cluster.submit(*options, f"slurm/{script}.sh", what, XCON_ENV=str(environment), **settings, **more)
 
     told, cancelled, failed = submit("waits"), submit("waits"), submit("fails")
     restless = submit("stops", XCON_MAX_IDLE="2")
