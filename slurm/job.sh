@@ -11,7 +11,7 @@ run() { # SCRIPT | COMMAND, ARGUMENT ...
   local notes=$XCON_JOBS/$SLURM_JOB_ID status=0 ended='' stopped=''
   if ((${SLURM_RESTART_COUNT:-0} == 0)); then rm -rf "$notes"; fi # of a job that had the same number
   mkdir -p "$notes"
-  notes=$(realpath "$notes")
+  notes=$(realpath --no-symlinks "$notes") # as a container sees it
   export XCON_STOPPED=$notes/stopped XCON_ASKED=$notes/asked
   rm -f "$XCON_STOPPED" "$XCON_ASKED"
   read -r XCON_HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -206,34 +206,69 @@ def test_the_image_has_what_the_package_needs():
         assert done.stdout + done.stderr == ""
 
 
-def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
-    """`singularity` is a stand-in that shows how it was called."""
-    singularity = tmp_path / "singularity"
-    singularity.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "$HF_HOME" "$HF_HUB_OFFLINE"\n')
-    singularity.chmod(0o755)
-    settings = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SCRATCH": "/scratch/me",
-        "SLURM_CLUSTER_NAME": "greene",
-        "SLURM_JOB_ID": "1",
-        "XCON_IMAGE": "cuda 12.sif",
-        "XCON_OVERLAY": "/scratch/me/env.ext3",
-        "SLURM_TMPDIR": "/local disk",
-    }
-    done = subprocess.run(
-        ["bash", "-euc", 'source slurm/site.sh; become xcon --note "two  words"'],
+def site(code: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A piece of a job script that has sourced the site's."""
+    return subprocess.run(
+        ["bash", "-euc", f"source slurm/site.sh; {code}"],
         cwd=ROOT,
-        env=settings,
+        env={"PATH": os.environ["PATH"], **settings},
         text=True,
         capture_output=True,
-        check=True,
+        check=False,
     )
-    image = "/scratch/work/public/singularity/cuda 12.sif"
+
+
+def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
+    """`singularity` is a stand-in that shows how it was called. What is bound must be there: the disk is not."""
+    programs(tmp_path, singularity='#!/bin/bash\nprintf "%s\\n" "$@" "$HF_HOME" "$HF_HUB_OFFLINE"\n')
+    image, scratch, jobs = (tmp_path / name for name in ("cuda 12.sif", "scratch", "my jobs"))
+    image.touch()
+    scratch.mkdir()
+    jobs.mkdir()
+    settings = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SCRATCH": str(scratch),
+        "SLURM_CLUSTER_NAME": "greene",
+        "SLURM_JOB_ID": "1",
+        "XCON_IMAGE": str(image),
+        "XCON_OVERLAY": "/scratch/me/env.ext3",
+        "XCON_JOBS": str(jobs),
+        "SLURM_TMPDIR": "/local disk",
+    }
+    become = 'become xcon --note "two  words"'
+    done = site(become, **settings)
     assert done.stdout.splitlines() == [
-        *("exec", "--nv", "--bind", "/local disk", "--overlay", "/scratch/me/env.ext3:ro", image),
+        *("exec", "--nv", "--overlay", "/scratch/me/env.ext3:ro"),
+        *("--bind", str(scratch), "--bind", str(jobs), str(image)),
         *("bash", "-c", 'source "$0" && exec "$@"', "/ext3/env.sh", "xcon", "--note", "two  words"),
-        *("/scratch/me/xcon-cache/huggingface", "1"),
+        *(f"{scratch}/xcon-cache/huggingface", "1"),
     ]
+    done = site(become, **settings | {"XCON_IMAGE": "docker://python", "SLURM_TMPDIR": str(tmp_path)})
+    assert f"--bind\n{tmp_path}\ndocker://python\nbash\n" in done.stdout
+    done = site(become, **settings | {"XCON_IMAGE": "cuda99.sif"})
+    assert (done.returncode, done.stdout) == (2, "")
+    images = "/scratch/work/public/singularity"
+    assert done.stderr == (
+        f"xcon: {images}/cuda99.sif: no such image; XCON_IMAGE is a path, or a name in {images}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "devices", "told"),
+    [
+        ({}, "1", "", True),
+        ({"XCON_GPUS": "0"}, "1", "", False),
+        ({"XCON_GPUS": "8"}, "8", "all", False),
+        ({"XCON_GPUS": "2", "SLURM_GPUS_ON_NODE": "8"}, "2", "all", False),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "4", "all", False),
+    ],
+)
+def test_gpus_that_slurm_does_not_count(settings: dict[str, str], processes: str, devices: str, told: bool):
+    """On a node whose GPUs can be seen."""
+    code = 'sees_gpus() { true; }; share_cores; echo "$processes" "${CUDA_VISIBLE_DEVICES-all}"'
+    done = site(code, **settings)
+    assert done.stdout == f"{processes} {devices}\n"
+    assert ("has GPUs and SLURM gave the job none" in done.stderr) == told
 
 
 # In place of the container's tool: as one written in Go it leaves no signal ignored in what it starts.
