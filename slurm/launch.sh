@@ -11,11 +11,10 @@ source slurm/site.sh
 source slurm/stage.sh
 trap '' TERM USR1
 listen() {
+  local never
   trap ': >"$XCON_ASKED"' TERM USR1
-  while kill -0 $$; do # as long as the process that this one becomes
-    sleep 1 &
-    wait "$!" || true
-  done
+  exec {never}<> <(:) # a pipe without a writer: to read from it is to sleep
+  while kill -0 $$; do read -rt 0.2 -u "$never" || true; done # as long as the process that this one becomes
 }
 listen </dev/null &>/dev/null &
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torch's launcher would handle SIGTERM: it kills after 30 s
