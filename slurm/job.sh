@@ -4,31 +4,38 @@
 source slurm/site.sh
 
 # A signal that says "stop soon" comes to the processes of the step, on every node (slurm/launch.sh): the trainer saves,
-# names its step in the file XCON_STOPPED, and ends. SIGTERM comes to this shell too only when SLURM itself ends the
-# job: by scancel, and then it must not come back, or to requeue it.
+# names its step in the file XCON_STOPPED, and ends. One that comes before a trainer hears it leaves the file XCON_ASKED.
+# SIGTERM comes to this shell too only when SLURM itself ends the job: by scancel, and then it must not come back, or to
+# requeue it.
 run() { # SCRIPT | COMMAND, ARGUMENT ...
-  local notes=$XCON_JOBS/$SLURM_JOB_ID status=0 ended=
+  local notes=$XCON_JOBS/$SLURM_JOB_ID status=0 ended='' stopped=''
+  if ((${SLURM_RESTART_COUNT:-0} == 0)); then rm -rf "$notes"; fi # of a job that had the same number
   mkdir -p "$notes"
-  notes=$(realpath "$notes")
-  export XCON_STOPPED=$notes/stopped
-  rm -f "$XCON_STOPPED"
+  notes=$(realpath --no-symlinks "$notes") # as a container sees it
+  export XCON_STOPPED=$notes/stopped XCON_ASKED=$notes/asked
+  rm -f "$XCON_STOPPED" "$XCON_ASKED"
   read -r XCON_HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export XCON_HEAD
 
   trap 'ended=1' TERM # bash waits for the step all the same
   trap : USR1
-  # When one process fails, the others fail for want of it. They are not killed: if the reason is a lost node, the job
-  # would have failed before SLURM misses the node and requeues it, and SLURM (22.05) would deliver the kill when the
-  # node answers again, to the step of the next run, which has the same name.
-  on_every_node --kill-on-bad-exit=0 bash slurm/launch.sh "$@" || status=$?
-
-  if ((status)) && [ -z "$ended" ] && [ -s "$XCON_STOPPED" ]; then
-    requeue "$notes" "stopped at $(cat "$XCON_STOPPED")"
+  # A step of its own, for all nodes to begin the training together: one copies while another has the copy already.
+  if [ -n "$XCON_STAGE" ]; then on_every_node bash slurm/stage.sh copy "$@" || true; fi
+  if [ -e "$XCON_ASKED" ]; then
+    status=75 stopped="the copying of shards" # EX_TEMPFAIL, as a trainer's
+  else
+    # When one process fails, the others fail for want of it. They are not killed: if the reason is a lost node, the
+    # job would have failed before SLURM misses the node and requeues it, and SLURM (22.05) would deliver the kill when
+    # the node answers again, to the step of the next run, which has the same name.
+    on_every_node --kill-on-bad-exit=0 bash slurm/launch.sh "$@" || status=$?
+    if ((status)) && [ -s "$XCON_STOPPED" ]; then stopped=$(cat "$XCON_STOPPED"); fi
   fi
-  rm -r "$notes"
+
   if [ -n "$XCON_STAGE" ] && [ -z "$ended" ]; then
     on_every_node bash slurm/stage.sh remove "$@" || true # a copy that stays does no harm
   fi
+  if [ -n "$stopped" ] && [ -z "$ended" ]; then requeue "$notes" "stopped at $stopped"; fi
+  rm -r "$notes"
   exit "$status"
 }
 
@@ -49,7 +56,7 @@ requeue() { # NOTES REASON
     echo "xcon: $2, $XCON_MAX_IDLE times in a row; given up (XCON_MAX_IDLE)" >&2
   else
     echo "xcon: $2; back into the queue, restart $((restarts + 1)) of at most $XCON_MAX_RESTARTS"
-    scontrol requeue "${job:-$SLURM_JOB_ID}"
-    exit 0
+    if scontrol requeue "${job:-$SLURM_JOB_ID}"; then exit 0; fi
+    echo "xcon: SLURM refuses that; submitted again with the same arguments, the job goes on" >&2
   fi
 }

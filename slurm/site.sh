@@ -16,6 +16,7 @@
 #   XCON_ACCELERATE_CONFIG   the strategy; default: accelerate_configs/ddp.yaml
 #   XCON_STAGE               folder on the nodes' own disks that shards are copied to; default: $SLURM_TMPDIR, where a site
 #                            sets it, else no copy is made; empty: no copy
+#   XCON_GPUS                GPUs of a node, where SLURM does not count them; default: $SLURM_GPUS_ON_NODE
 #   XCON_JOBS                folder that all nodes see, for a job's notes on why it stopped; default: slurm/jobs
 #   XCON_MAX_RESTARTS        how often a job that was stopped goes back into the queue; default: 50
 #   XCON_MAX_IDLE            how often in a row without having got any further; default: 3
@@ -63,24 +64,40 @@ XCON_MAX_IDLE=${XCON_MAX_IDLE:-3}
 container=()
 environment=${XCON_ENV:-.venv/bin/activate}
 if [ -n "${XCON_IMAGE:-}" ]; then
-  [ -e "$XCON_IMAGE" ] || XCON_IMAGE=$images/$XCON_IMAGE
-  container=("$container_tool" exec --nv ${XCON_STAGE:+--bind "$XCON_STAGE"}
-    ${XCON_OVERLAY:+--overlay "$XCON_OVERLAY:ro"} "$XCON_IMAGE")
+  if [[ $XCON_IMAGE != *://* && ! -e $XCON_IMAGE ]]; then XCON_IMAGE=$images/$XCON_IMAGE; fi
+  container=("$container_tool" exec --nv ${XCON_OVERLAY:+--overlay "$XCON_OVERLAY:ro"})
   environment=${XCON_ENV:-/ext3/env.sh}
 fi
 
 # Becomes COMMAND, in the container if there is one, with the Python environment active; `exec`, so that a signal
-# for the job reaches it.
+# for the job reaches it. A signal that this shell ignores is ignored anew inside: a container's tool, written in Go,
+# handles it, and what is handled has its default effect, the end, in what the tool starts.
 become() { # COMMAND [ARGUMENT ...]
+  local ignored folder
+  ignored=$(trap -p TERM USR1)
+  if [ -n "${XCON_IMAGE:-}" ]; then
+    if [[ $XCON_IMAGE != *://* && ! -e $XCON_IMAGE ]]; then
+      echo "xcon: $XCON_IMAGE: no such image; XCON_IMAGE is a path, or a name in $images" >&2
+      exit 2
+    fi
+    for folder in "$scratch" "$XCON_JOBS" "$XCON_STAGE"; do # a folder that is not there would be the tool's error
+      if [ -d "$folder" ]; then container+=(--bind "$(realpath --no-symlinks "$folder")"); fi
+    done
+    container+=("$XCON_IMAGE")
+  fi
   # shellcheck disable=SC2016 # expanded inside
-  exec "${container[@]}" bash -c 'source "$0" && exec "$@"' "$environment" "$@"
+  exec "${container[@]}" bash -c "${ignored:+$ignored; }"'source "$0" && exec "$@"' "$environment" "$@"
 }
 
 # Shares this node's cores out: sets `processes`, one per GPU or one without, `workers`, each one's to decode, and the
 # threads of each.
 # shellcheck disable=SC2034 # the caller reads them
 share_cores() {
-  local cpus=${SLURM_CPUS_PER_TASK:-1} gpus=${SLURM_GPUS_ON_NODE:-0}
+  local cpus=${SLURM_CPUS_PER_TASK:-1} gpus=${XCON_GPUS:-${SLURM_GPUS_ON_NODE:-0}}
+  if ((gpus == 0)) && [ -z "${XCON_GPUS:-}" ] && sees_gpus; then
+    echo "xcon: $(hostname) has GPUs and SLURM gave the job none: it computes on the processor; ask with --gres=gpu:N," \
+      "or set XCON_GPUS=N where SLURM does not count them" >&2
+  fi
   if ((gpus > 0)); then
     processes=$gpus
     workers=$((cpus > gpus ? cpus / gpus - 1 : 0)) # the process itself needs a core, too
@@ -91,4 +108,8 @@ share_cores() {
     export OMP_NUM_THREADS=$((cpus - workers))
     export CUDA_VISIBLE_DEVICES= # no GPU was allotted, so none is used, even if one can be seen
   fi
+}
+
+sees_gpus() {
+  compgen -G "/dev/nvidia[0-9]*" >/dev/null
 }

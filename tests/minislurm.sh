@@ -50,9 +50,9 @@ inside() { # COMMAND [ARGUMENT ...]
 install_packages() {
   type munged slurmctld slurmd sbatch ip &>/dev/null && return
   type apt-get &>/dev/null || fail "needs munge, slurmctld, slurmd, the SLURM commands and iproute2"
-  apt-get update -qq
+  apt-get update -qq -o DPkg::Lock::Timeout=120 # another cluster may install at this moment
   # RUNLEVEL=1 keeps the packages from starting services of their own.
-  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends \
+  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends -o DPkg::Lock::Timeout=120 \
     slurmctld slurmd slurm-client munge iproute2
 }
 

@@ -1,10 +1,13 @@
 """The job scripts: linted, and run on a real SLURM of two nodes that tests/minislurm.sh starts here."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from xcon.records import Card, Shard
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -201,34 +206,114 @@ def test_the_image_has_what_the_package_needs():
         assert done.stdout + done.stderr == ""
 
 
+def site(code: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A piece of a job script that has sourced the site's."""
+    return subprocess.run(
+        ["bash", "-euc", f"source slurm/site.sh; {code}"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **settings},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
 def test_site_runs_a_command_in_the_image_and_keeps_caches_off_the_home_directory(tmp_path: Path):
-    """`singularity` is a stand-in that shows how it was called."""
-    singularity = tmp_path / "singularity"
-    singularity.write_text('#!/bin/bash\nprintf "%s\\n" "$@" "$HF_HOME" "$HF_HUB_OFFLINE"\n')
-    singularity.chmod(0o755)
+    """`singularity` is a stand-in that shows how it was called. What is bound must be there: the disk is not."""
+    programs(tmp_path, singularity='#!/bin/bash\nprintf "%s\\n" "$@" "$HF_HOME" "$HF_HUB_OFFLINE"\n')
+    image, scratch, jobs = (tmp_path / name for name in ("cuda 12.sif", "scratch", "my jobs"))
+    image.touch()
+    scratch.mkdir()
+    jobs.mkdir()
     settings = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SCRATCH": "/scratch/me",
+        "SCRATCH": str(scratch),
         "SLURM_CLUSTER_NAME": "greene",
         "SLURM_JOB_ID": "1",
-        "XCON_IMAGE": "cuda 12.sif",
+        "XCON_IMAGE": str(image),
         "XCON_OVERLAY": "/scratch/me/env.ext3",
+        "XCON_JOBS": str(jobs),
         "SLURM_TMPDIR": "/local disk",
     }
+    become = 'become xcon --note "two  words"'
+    done = site(become, **settings)
+    assert done.stdout.splitlines() == [
+        *("exec", "--nv", "--overlay", "/scratch/me/env.ext3:ro"),
+        *("--bind", str(scratch), "--bind", str(jobs), str(image)),
+        *("bash", "-c", 'source "$0" && exec "$@"', "/ext3/env.sh", "xcon", "--note", "two  words"),
+        *(f"{scratch}/xcon-cache/huggingface", "1"),
+    ]
+    done = site(become, **settings | {"XCON_IMAGE": "docker://python", "SLURM_TMPDIR": str(tmp_path)})
+    assert f"--bind\n{tmp_path}\ndocker://python\nbash\n" in done.stdout
+    done = site(become, **settings | {"XCON_IMAGE": "cuda99.sif"})
+    assert (done.returncode, done.stdout) == (2, "")
+    images = "/scratch/work/public/singularity"
+    assert done.stderr == (
+        f"xcon: {images}/cuda99.sif: no such image; XCON_IMAGE is a path, or a name in {images}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "devices", "told"),
+    [
+        ({}, "1", "", True),
+        ({"XCON_GPUS": "0"}, "1", "", False),
+        ({"XCON_GPUS": "8"}, "8", "all", False),
+        ({"XCON_GPUS": "2", "SLURM_GPUS_ON_NODE": "8"}, "2", "all", False),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "4", "all", False),
+    ],
+)
+def test_gpus_that_slurm_does_not_count(settings: dict[str, str], processes: str, devices: str, told: bool):
+    """On a node whose GPUs can be seen."""
+    code = 'sees_gpus() { true; }; share_cores; echo "$processes" "${CUDA_VISIBLE_DEVICES-all}"'
+    done = site(code, **settings)
+    assert done.stdout == f"{processes} {devices}\n"
+    assert ("has GPUs and SLURM gave the job none" in done.stderr) == told
+
+
+# In place of the container's tool: as one written in Go it leaves no signal ignored in what it starts.
+CONTAINER = """#!{python}
+import os, signal, sys
+
+for one in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(one, signal.SIG_DFL)
+os.execvp("bash", sys.argv[sys.argv.index("bash") :])
+"""
+
+
+def programs(folder: Path, **texts: str) -> Path:
+    """Stand-ins for programs, in a folder; returns a file to source, with which they are found first."""
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "env").write_text(f"PATH={folder}:$PATH\n")
+    return folder / "env"
+
+
+def in_container(folder: Path) -> dict[str, str]:
+    """Settings by which a job runs in a container, which is a stand-in."""
+    programs(folder, apptainer=CONTAINER.format(python=sys.executable))
+    (folder / "image.sif").touch()
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "XCON_IMAGE": str(folder / "image.sif")}
+
+
+@pytest.mark.parametrize("contained", [False, True])
+def test_launchers_ignore_what_the_trainers_handle(contained: bool, tmp_path: Path):
+    """`accelerate` is a stand-in that shows which signals it ignores: bit n - 1 stands for signal n."""
+    settings = in_container(tmp_path) if contained else {"PATH": os.environ["PATH"]}
+    environment = programs(tmp_path, accelerate="#!/bin/bash\nexec grep SigIgn: /proc/self/status\n")
+    settings |= {"XCON_ENV": str(environment), "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}
     done = subprocess.run(
-        ["bash", "-euc", 'source slurm/site.sh; become xcon --note "two  words"'],
+        ["bash", "slurm/launch.sh", "xcon/pretrain.py", "demo"],
         cwd=ROOT,
         env=settings,
         text=True,
         capture_output=True,
         check=True,
     )
-    image = "/scratch/work/public/singularity/cuda 12.sif"
-    assert done.stdout.splitlines() == [
-        *("exec", "--nv", "--bind", "/local disk", "--overlay", "/scratch/me/env.ext3:ro", image),
-        *("bash", "-c", 'source "$0" && exec "$@"', "/ext3/env.sh", "xcon", "--note", "two  words"),
-        *("/scratch/me/xcon-cache/huggingface", "1"),
-    ]
+    ignored = int(done.stdout.splitlines()[-1].split()[1], 16)
+    both = 1 << signal.SIGTERM - 1 | 1 << signal.SIGUSR1 - 1
+    assert ignored & both == both
 
 
 class Layout(NamedTuple):
@@ -267,7 +352,8 @@ def test_every_node_starts_its_launcher(cluster: Cluster, tmp_path: Path, layout
     job = cluster.submit(*options, "slurm/pretrain.sh", *arguments, XCON_ENV=str(tmp_path / "env"))
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
 
-    meet = ["--rdzv_backend", "c10d", "--main_process_ip", "node1"] if layout.nodes > 1 else []
+    patient = ["--rdzv_conf", "read_timeout=900,join_timeout=1800"]
+    meet = ["--rdzv_backend", "c10d", *patient, "--main_process_ip", "node1"] if layout.nodes > 1 else []
     for rank in range(layout.nodes):
         assert (tmp_path / f"node{rank + 1}").read_text().split("\0")[:-1] == [
             *(layout.threads, layout.devices),
@@ -307,15 +393,14 @@ if what == "waits" and restart == 0 or what == "stops":
 
 @pytest.mark.slurm
 def test_stopped_jobs_come_back_where_that_leads_somewhere(cluster: Cluster, tmp_path: Path):
-    for name in ("accelerate", "xcon"):
-        (tmp_path / name).write_text(STAND_IN.format(python=sys.executable))
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "env").write_text(f"PATH={tmp_path}:$PATH\n")
+    trainer = STAND_IN.format(python=sys.executable)
+    launcher = f'#!/bin/bash\n{tmp_path}/trainer "$@"\nexit $?\n'  # a process of its own, as a launcher is
+    environment = programs(tmp_path, accelerate=launcher, trainer=trainer, xcon=trainer)
+    settings = in_container(tmp_path)
 
-    def submit(what: str, script: str = "pretrain", *options: str, **settings: str) -> str:
-        settings["XCON_ENV"] = str(tmp_path / "env")
-        more = ["--nodes=2"] if script == "pretrain" else []
-        return cluster.submit(*more, *options, f"slurm/{script}.sh", what, **settings)
+    def submit(what: str, script: str = "pretrain", *options: str, **more: str) -> str:
+        options = (*(["--nodes=2"] if script == "pretrain" else []), *options)
+        return cluster.submit(*options, f"slurm/{script}.sh", what, XCON_ENV=str(environment), **settings, **more)
 
     told, cancelled, failed = submit("waits"), submit("waits"), submit("fails")
     restless = submit("stops", XCON_MAX_IDLE="2")
@@ -352,6 +437,50 @@ def test_stopped_jobs_come_back_where_that_leads_somewhere(cluster: Cluster, tmp
     wait_until(lambda: not list(Path(cluster.settings["XCON_JOBS"]).iterdir()))  # all notes are thrown away
 
 
+# In place of SLURM: a step of one node, whose processes are a group; `scontrol` writes down
+# what it was asked.
+SRUN = """#!{python}
+import os, sys
+
+os.setsid()
+command = sys.argv[sys.argv.index("bash") :]
+with open("{folder}/steps", "a") as file:
+    file.write(f"{{os.getpid()}}\\n")
+os.environ["SLURM_NODEID"] = "0"
+os.execvp("bash", command)
+"""
+SCONTROL = '#!/bin/bash\ncase $1 in show) echo node1 ;; *) echo "$@" >>"{folder}/asked" ;; esac\n'
+# Imports for a while, and sees then whether it was asked to stop.
+IMPORTS = """#!/bin/bash
+echo waits
+until [ -e "$XCON_ASKED" ]; do sleep 0.05; done
+echo "step 0" >"$XCON_STOPPED"
+exit 75
+"""
+WAITS = "#!/bin/bash\necho waits\nsleep 60\n"
+
+
+@pytest.mark.parametrize("moment", ["staging", "importing"])
+def test_a_signal_before_the_trainer_hears_it_is_not_lost(moment: str, shard_set: Path, tmp_path: Path):
+    stubs = {"srun": SRUN, "scontrol": SCONTROL}
+    stubs = {name: text.format(python=sys.executable, folder=tmp_path) for name, text in stubs.items()}
+    stubs |= {"accelerate": IMPORTS} | ({"cp": WAITS} if moment == "staging" else {})
+    settings = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    settings |= {"XCON_ENV": str(programs(tmp_path, **stubs)), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    settings |= {"XCON_JOBS": str(tmp_path / "jobs"), "XCON_STAGE": str(tmp_path / "disk")}
+    command = ["bash", "slurm/pretrain.sh", "demo", "--shards", str(shard_set)]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        job = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=file, stderr=subprocess.STDOUT)
+    wait_until(lambda: "waits" in log.read_text())
+    os.killpg(int((tmp_path / "steps").read_text().split()[-1]), signal.SIGUSR1)
+    assert job.wait() == 0
+    stopped = "the copying of shards" if moment == "staging" else "step 0"
+    assert log.read_text().endswith(f"xcon: stopped at {stopped}; back into the queue, restart 1 of at most 50\n")
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert [file.suffix for file in (tmp_path / "disk").rglob("*") if file.is_file()] == [".lock"]
+
+
 # --------------------------------------------------------------------------------------------------------
 # Shards on the node's own disk
 
@@ -377,73 +506,123 @@ def shard_set(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(2):
         (folder / f"train-{number}.tar").write_bytes(bytes([number]) * 2**20)
-    (folder / "dataset.json").write_text("{}")
+    (folder / "train-0.index.parquet").write_bytes(b"index")  # the other has none: xcon makes it anew
+    (folder / "dataset.json").write_text(card(2))
     return folder
+
+
+def card(tars: int) -> str:
+    """As `Card.to_json` writes it."""
+    shards = tuple(Shard(file=f"train-{number}.tar", samples=1, size=2**20, sha256="") for number in range(tars))
+    return Card(classes=(), splits={"train": shards}, made_by={}).to_json()
+
+
+# What a job does on a node, in its two steps.
+STAGED = '(stage "$1"); use "$1"; echo "$copy"'
 
 
 def test_a_copy_is_whole_and_made_once(shard_set: Path, tmp_path: Path):
     disk = tmp_path / "disk"
-    code = 'stage "$1"; echo "$copy"'
-    said, copy = staging(code, shard_set, disk=disk)
+    (shard_set / "audit").mkdir()
+    (shard_set / "audit/notes.txt").touch()  # not of the set
+    said, copy = staging(STAGED, shard_set, disk=disk)
     assert said.endswith(f": copied {shard_set}, 2 MB, to {copy}")
+    shutil.rmtree(shard_set / "audit")
     whole = {file.name: file.read_bytes() for file in shard_set.iterdir()}
     assert {file.name: file.read_bytes() for file in Path(copy).iterdir()} == whole
-    assert staging(code, shard_set, disk=disk) == [copy]
+    (shard_set / "notes.txt").touch()
+    assert staging(STAGED, shard_set, disk=disk) == [copy]
 
     with (Path(copy) / "train-1.tar").open("r+b") as file:  # a node that went down before all was on its disk
         file.truncate(1000)
     Path(f"{copy}.part").mkdir()
-    assert staging(code, shard_set, disk=disk) == [said, copy]
+    assert staging(STAGED, shard_set, disk=disk) == [said, copy]
     assert {file.name: file.read_bytes() for file in Path(copy).iterdir()} == whole
     assert sorted(file.name for file in Path(copy).parent.iterdir()) == [
         Path(copy).name,
         f"{Path(copy).name}.lock",
     ]
 
-    (shard_set / "dataset.json").write_text("{ }")  # another set in its place
-    assert staging(code, shard_set, disk=disk)[-1] != copy
+    (shard_set / "dataset.json").write_text(card(1))  # another set in its place
+    assert staging(STAGED, shard_set, disk=disk)[-1] != copy
+
+
+@contextlib.contextmanager
+def reading(shard_set: Path, disk: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A job that reads a copy of the set: its process, and the copy."""
+    job = ["bash", "-euc", f"source slurm/stage.sh; {STAGED}; exec sleep 60", "job", shard_set]
+    settings = {"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)}
+    process = subprocess.Popen(job, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE)
+    try:
+        said = ": copied "
+        while ": copied " in said:
+            said = (process.stdout or io.StringIO()).readline()
+        yield process, Path(said.strip())
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_jobs_of_a_node_share_a_copy_and_the_last_removes_it(shard_set: Path, tmp_path: Path):
-    disk = tmp_path / "disk"
-    job = ["bash", "-euc", 'source slurm/stage.sh; stage "$1"; echo "$copy"; exec sleep 60', "job", shard_set]
-    settings = {"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)}
-    jobs = [subprocess.Popen(job, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE) for _ in range(2)]
-    try:
-        said = [process.stdout.readline() for process in jobs if process.stdout]
-        copier = next(number for number, line in enumerate(said) if ": copied " in line)
-        copy = Path(said[1 - copier].strip())
-        # By now it holds its share of the lock, too.
-        assert (jobs[copier].stdout or io.StringIO()).readline() == f"{copy}\n"
-        removal = 'remove "$1"'
+    disk, removal = tmp_path / "disk", 'remove "$1"'
+    with reading(shard_set, disk) as (first, copy), reading(shard_set, disk) as (_, same):
+        assert same == copy
         staging(removal, shard_set, disk=disk)
         assert copy.is_dir()
-        jobs[0].kill()
-        jobs[0].wait()
+        first.kill()
+        first.wait()
         staging(removal, shard_set, disk=disk)
         assert copy.is_dir()
-    finally:
-        for process in jobs:
-            process.kill()
-            process.communicate()
     staging(removal, shard_set, disk=disk)
     assert not copy.exists()
 
 
+def test_a_copy_that_is_read_is_not_made_anew(shard_set: Path, tmp_path: Path):
+    """Somebody cleaned up on the node; who reads the copy reads on, and the next has the set where it is."""
+    disk = tmp_path / "disk"
+    with reading(shard_set, disk) as (_, copy):
+        (copy / "train-1.tar").unlink()
+        said, none = staging(STAGED, shard_set, disk=disk)
+        assert said.endswith(
+            f": not copied, another job reads a copy that is no longer whole; {shard_set} is read where it is"
+        )
+        assert none == ""
+        assert (copy / "train-0.tar").is_file()
+    assert staging(STAGED, shard_set, disk=disk)[-1] == str(copy)
+    assert (copy / "train-1.tar").is_file()
+
+
+def test_where_there_is_no_room_copies_that_nobody_reads_make_some(shard_set: Path, tmp_path: Path):
+    """The disk's free bytes are made up: none as long as the first copy is there."""
+    disk = tmp_path / "disk"
+    left, kept, new = (shutil.copytree(shard_set, tmp_path / name) for name in ("left", "kept", "new"))
+    (left / "dataset.json").write_text(card(1))
+    (kept / "dataset.json").write_text(card(0))
+    copy = staging(STAGED, left, disk=disk)[-1]
+    with reading(kept, disk) as (_, read):
+        room = f'free_bytes() {{ if [ -d "{copy}" ]; then echo 0; else echo {2**22}; fi; }}'
+        said, made = staging(f"{room}; {STAGED}", new, disk=disk)
+        assert said.endswith(f": copied {new}, 2 MB, to {made}")
+        assert sorted(disk.glob("*/*[!k]")) == sorted([read, Path(made)])
+
+
 def test_without_room_or_card_nothing_is_copied(shard_set: Path, tmp_path: Path):
     disk = tmp_path / "disk"
-    code = 'stage "$1"; echo "[$copy]"'
     with (shard_set / "train-1.tar").open("r+b") as file:
         file.truncate(8 * 2**40)  # a sparse file: 8 TB by its name, nothing on the disk
-    said, copy = staging(code, shard_set, disk=disk)
-    assert copy == "[]"
+    said, copy = staging(STAGED, shard_set, disk=disk)
+    assert copy == ""
     assert re.search(
         rf": not copied, {shard_set} has 8388609 MB and {disk} \d+ MB free; it is read where it is$", said
     )
     assert [file.suffix for file in disk.rglob("*") if file.is_file()] == [".lock"]
 
     (shard_set / "dataset.json").unlink()
-    assert staging(code, shard_set, disk=disk) == ["[]"]  # the command says what is wrong
+    settings = {"PATH": os.environ["PATH"], "XCON_STAGE": str(disk)}
+    for what in ("copy", "remove"):  # the command says what is wrong
+        step = ["bash", "slurm/stage.sh", what, "demo", "--shards", shard_set]
+        done = subprocess.run(step, cwd=ROOT, env=settings, text=True, capture_output=True, check=True)
+        assert done.stdout + done.stderr == ""
 
 
 @pytest.mark.slurm
@@ -460,7 +639,8 @@ def test_a_job_says_where_its_shards_did_not_fit(cluster: Cluster, shard_set: Pa
     copied = re.search(r"copied .*, 2 MB, to (\S+)", cluster.log(fits))
     assert copied
     end = f"[run]\n[--shards]\n[{shard_set}]\n[--workers]\n[0]\n"
-    assert cluster.log(fits).endswith(f"{end}[--shards]\n[{copied[1]}]\n")  # the last one counts
+    said = "".join(line for line in cluster.log(fits).splitlines(keepends=True) if line.startswith("["))
+    assert said.endswith(f"{end}[--shards]\n[{copied[1]}]\n")  # the last one counts
 
     with (shard_set / "train-1.tar").open("r+b") as file:
         file.truncate(2**26)

@@ -174,10 +174,10 @@ def plan(settings: Settings, row: str, seed: int) -> list[Step]:
     if system.pretrain:
         begun = settings.out / f"{system.shares or row}-pretrain-{seed}"
         words = (*_train(settings, "pretrain", begun, seed, system.pretrain), *_network(settings))
-        steps = [Step(begun.name, (*words, *_text(settings, system), *before), begun / "model.json")]
+        steps = [Step(begun.name, (*words, *_text(settings, system), *before), begun / "model.json", saves=True)]
         start = ("--init", str(begun), *_size(settings))
     words = (*_train(settings, "finetune", out, seed, system.finetune), *start, *after)
-    steps.append(Step(out.name, words, out / "model.json", after=tuple(step.name for step in steps)))
+    steps.append(Step(out.name, words, out / "model.json", after=tuple(step.name for step in steps), saves=True))
     return [*steps, *_judge(settings, row, seed, (out.name,))]
 
 
