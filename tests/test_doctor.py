@@ -349,19 +349,53 @@ def test_a_path_without_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert health.compilers().level == "ok"
 
 
-def test_a_driver_whose_gpus_torch_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`nvidia-smi` is a stand-in; the GPUs are, too."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
-    program.chmod(0o755)
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for programs before all others, on a machine where torch sees no GPU and nothing promises any."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(health, "KERNEL_MODULE", tmp_path / "version")
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A stand-in."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_a_driver_whose_gpus_torch_does_not_see(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(bare, "nvidia-smi", "echo 580.95.05; echo 580.95.05")
     is_wrong(health.devices("fp32")[0], "error", "driver 580.95.05 is here", "--nv")
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        is_wrong(health.devices("fp32")[0], "warning", f"CUDA_VISIBLE_DEVICES={hidden},", "--gres=gpu:1")
+
+
+def test_gpus_that_were_promised(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container without --nv there is no nvidia-smi, but the kernel's module can be seen."""
+    assert health.devices("fp32")[0].level == "ok"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    is_wrong(health.devices("fp32")[0], "error", "CUDA_VISIBLE_DEVICES=0,1 names some", "--nv")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    words = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version: 12.3.0\n"
+    )
+    (bare / "version").write_text(words)
+    is_wrong(health.devices("fp32")[0], "error", "driver 570.86.15 is here", "--nv")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    is_wrong(health.devices("fp32")[0], "warning", "CUDA_VISIBLE_DEVICES is empty")
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
-    assert health.devices("fp32")[0].level == "ok"  # no driver that answers, no GPU
+    is_wrong(health.devices("fp32")[0], "error", "SLURM gave this job 4 here", "driver 570.86.15", "--nv")
+
+
+def test_a_driver_that_is_broken(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it looks on a login node that has the same packages as the others: right there, wrong in a job."""
+    program(bare, "nvidia-smi", "echo 'NVIDIA-SMI has failed' >&2; exit 9")
+    is_wrong(health.devices("fp32")[0], "warning", "nvidia-smi is installed, but finds no driver", "login node")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    is_wrong(health.devices("fp32")[0], "error", "SLURM gave this job 1 here", "driver not found")
 
 
 def test_gpus_and_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
