@@ -35,6 +35,12 @@ def is_wrong(finding: Finding, level: str, *words: str) -> None:
     assert finding.do
 
 
+def program(folder: Path, name: str, script: str) -> None:
+    """A stand-in."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
 # ---- the command
 
 
@@ -167,13 +173,15 @@ def test_a_limit_that_is_near(
     """The tools are stand-ins: NYU's as its pages show it, Linux's as its manual page does."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert disks.quota().seen == "no tool here (myquota or quota)"
-    program = tmp_path / name
     for lines, level in (([under], "ok"), ([under, over], "warning")):
-        program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
-        program.chmod(0o755)
+        program(tmp_path, name, "".join(f"echo '{line}'\n" for line in lines))
         assert disks.quota().level == level
     is_wrong(disks.quota(), "warning", f"{name}: {over}")
     assert under not in disks.quota().seen
+    program(tmp_path, name, "echo 'server does not respond' >&2; exit 1")
+    is_wrong(disks.quota(), "warning", f"{name} does not answer (server does not respond)")
+    program(tmp_path, name, f"echo '{under}'; exit 1")  # of two servers one
+    assert disks.quota().level == "ok"
 
 
 def test_a_file_system_is_called_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +294,23 @@ def test_a_name_that_means_nothing_or_the_machine_itself(monkeypatch: pytest.Mon
     assert not network.is_loopback("10.77.0.1")
 
 
+def test_processes_that_block_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL does behind a firewall, and srun where no core is left: a stand-in, that sleeps."""
+    monkeypatch.setattr(network, "_STARTED", "import time; time.sleep(600)")
+    is_wrong(network.meet_here("nccl", 3, 0.2, 0.1), "error", "3 processes did not meet", "no answer in 0.3 s")
+    program(tmp_path, "srun", "exec sleep 600")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    is_wrong(network.meet_across("nccl", 2, "a", 1, 0.2, 0.1), "error", "no answer in 0.3 s")
+
+
+def test_all_gpus_of_a_machine_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = []
+    monkeypatch.setattr(network, "meet_here", lambda backend, processes: met.append((backend, processes)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert len(list(doctor.meetings(doctor.Settings(), 0))) == 3
+    assert met == [("gloo", 2), ("nccl", 8)]
+
+
 def test_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
@@ -349,6 +374,13 @@ def test_a_path_without_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert health.compilers().level == "ok"
 
 
+def test_a_program_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    """By SIGTERM, which it may catch to say something; and by SIGKILL where it stays."""
+    said = health.answer(["sh", "-c", "echo out; trap 'echo told >&2; exit' TERM; sleep 9 & wait"], seconds=0.5)
+    assert (said.returncode, said.stdout, said.stderr) == (124, "out\n", "told\nno answer in 0.5 s\n")
+    assert health.answer(["sh", "-c", "echo a; echo b >&2; exit 3"], seconds=9).returncode == 3
+
+
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for programs before all others, on a machine where torch sees no GPU and nothing promises any."""
@@ -358,12 +390,6 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
-
-
-def program(folder: Path, name: str, script: str) -> None:
-    """A stand-in."""
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
 
 
 def test_a_driver_whose_gpus_torch_does_not_see(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 SHOWN = ("torch", "accelerate", "deepspeed", "transformers", "timm")
+PATIENCE = 30.0  # seconds for a program that may meet a server, or a driver, that is gone
 HIDDEN = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES: no GPU; the last is SLURM's
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")  # seen in containers, too, where nvidia-smi is not
 # A world that somebody else's launcher has named; Accelerate takes each of them for its own.
@@ -36,6 +38,31 @@ class Finding:
     subject: str
     seen: str
     do: str = ""
+
+
+def answer(
+    command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What a program says. One that does not end is ended, and has failed as by `timeout`: with status 124.
+
+    Args:
+        command: the program and its arguments.
+        seconds: that it is given.
+        env: its environment; None: this one's.
+    """
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            said, complained = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # srun ends what it has started
+        else:
+            return subprocess.CompletedProcess(command, process.returncode, said, complained)
+        try:
+            said, complained = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, complained = "", ""
+    return subprocess.CompletedProcess(command, 124, said, f"{complained}no answer in {seconds:g} s\n")
 
 
 def versions() -> list[Finding]:
@@ -112,7 +139,7 @@ def driver_version() -> str | None:
     """Of NVIDIA's driver, by its program or its module in the kernel; None where there is neither."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     if shutil.which(query[0]):
-        done = subprocess.run(query, text=True, capture_output=True, check=False)
+        done = answer(query, seconds=PATIENCE)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.splitlines()[0].strip()
     if not KERNEL_MODULE.is_file():

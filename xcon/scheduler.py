@@ -5,13 +5,14 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from xcon import health
 from xcon.health import Finding
 
 SHORTEST_GRACE = 60  # seconds in which a checkpoint is surely written
+PATIENCE = 60.0  # seconds: a controller that is busy is asked again for some 30
 SHARE = 0.9  # of a node's memory: some belongs to its system
 
 
@@ -110,7 +111,7 @@ def first_node() -> str:
 def _answer(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"{command[0]} is not on PATH: no SLURM here, or this is inside a container")
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    done = health.answer(command, seconds=PATIENCE)
     if done.returncode:
         raise OSError(f"{shlex.join(command)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     return done.stdout
