@@ -304,7 +304,7 @@ def test_processes_that_block_are_ended(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_all_gpus_of_a_machine_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    met = []
+    met: list[tuple[str, int]] = []
     monkeypatch.setattr(network, "meet_here", lambda backend, processes: met.append((backend, processes)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert len(list(doctor.meetings(doctor.Settings(), 0))) == 3
@@ -452,6 +452,7 @@ def test_partitions_are_read_as_sinfo_writes_them() -> None:
         ),
         "cs|100|48|180000+|(null)|30:00": Partition("cs", False, 100, 48, 180000, 0, "", 0.5),
         "mix|1|64|512000|gpu:a100:3,gpu:v100:1,tmp:5|2-12": Partition("mix", False, 1, 64, 512000, 4, "", 60.0),
+        "mig|1|64|512000|gpu:1g.10gb:2(S:0)|infinite": Partition("mig", False, 1, 64, 512000, 2, "1g.10gb", None),
         "short|1|4|1000|gpu:tesla_t4:1|01:30:00": Partition("short", False, 1, 4, 1000, 1, "tesla_t4", 1.5),
     }
     for line, expected in lines.items():

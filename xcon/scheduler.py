@@ -120,7 +120,7 @@ def _answer(*command: str) -> str:
 def read_partition(line: str) -> Partition:
     """Reads a line of `sinfo --format=%P|%D|%c|%m|%G|%l`."""
     name, nodes, cpus, memory, gres, limit = line.strip().split("|")
-    kinds = re.findall(r"gpu:(?:([A-Za-z][\w.-]*):)?(\d+)", gres)  # gpu:2, gpu:h200:8(S:0-1), and others beside
+    kinds = re.findall(r"gpu:(?:([^:(),]+):)?(\d+)", gres)  # gpu:2, gpu:h200:8(S:0-1), and others beside
     return Partition(
         name=name.removesuffix("*"),
         default=name.endswith("*"),
@@ -150,7 +150,7 @@ def read_limit(text: str) -> float | None:
 
 
 def choose(partitions: Sequence[Partition], wanted: str | None, nodes: int) -> Partition:
-    """The partition to ask: the one that is wanted, else the default one, else one with GPUs.
+    """The partition to ask: the one that is wanted, else one with GPUs, the default one if it has some.
 
     Of several kinds of nodes the one with the most GPUs of which there are enough.
 
