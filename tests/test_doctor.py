@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from tests import commands, test_slurm
 from tests.training import BIN, ROOT
-from xcon import disks, doctor, health, hub, network, scheduler
+from xcon import bottleneck, disks, doctor, health, hub, network, scheduler
 from xcon.health import Finding
 from xcon.hub import File, Model
 from xcon.scheduler import Partition
@@ -277,6 +278,15 @@ def test_models_are_those_of_the_manifest(tmp_path: Path, monkeypatch: pytest.Mo
     )
     weights.write_bytes(b"changed")
     is_wrong(disks.models("laptop-image", cluster=True), "error", f"{weights}: its bytes are not those")
+
+
+def test_a_mac_has_neither_of_these_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert bottleneck.cores_per_process() == os.cpu_count()
+    assert "perhaps from this machine's cache" in disks._speed(tmp_path, disks.Mount("/", "apfs", "local")).seen
 
 
 # ---- names, ports, meetings

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -136,8 +137,9 @@ def _write(descriptor: int) -> float:
 
 
 def _read(descriptor: int, size: int) -> float:
-    """Bytes a second of what the kernel was told to forget."""
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    """Bytes a second of what the kernel was told to forget; Linux's can be told."""
+    if sys.platform == "linux":
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     begun = time.perf_counter()
     for start in range(0, size, CHUNK):
         os.pread(descriptor, CHUNK, start)
@@ -151,6 +153,8 @@ def _rate(speed: float) -> str:
 def _honest(mount: Mount) -> str:
     if mount.where == "memory":
         return " (from memory)"
+    if sys.platform != "linux":
+        return " (perhaps from this machine's cache)"
     return " (this machine's cache dropped" + ("; the server's may help)" if mount.where == "network" else ")")
 
 
