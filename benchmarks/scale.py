@@ -101,7 +101,7 @@ def work(rank: int, processes: int, strategy: str, settings: Settings, folder: P
         os.environ |= {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     with LiveBytes() as live:
-        rehearsal = Rehearsal(settings.config())
+        rehearsal = Rehearsal(settings.config(), most=settings.batch_size)
         for _ in range(2):  # the second has the moments from its start on
             live.peak = live.now
             rehearsal.step(rehearsal.batch)

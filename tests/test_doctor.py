@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from tests import commands, test_slurm
 from tests.training import BIN, ROOT
-from xcon import disks, doctor, health, hub, network, scheduler
+from xcon import bottleneck, disks, doctor, health, hub, network, scheduler
 from xcon.health import Finding
 from xcon.hub import File, Model
 from xcon.scheduler import Partition
@@ -33,6 +34,12 @@ def is_wrong(finding: Finding, level: str, *words: str) -> None:
     assert finding.level == level, finding
     assert all(word in f"{finding.seen} -> {finding.do}" for word in words), finding
     assert finding.do
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A stand-in."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
 
 
 # ---- the command
@@ -167,13 +174,15 @@ def test_a_limit_that_is_near(
     """The tools are stand-ins: NYU's as its pages show it, Linux's as its manual page does."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert disks.quota().seen == "no tool here (myquota or quota)"
-    program = tmp_path / name
     for lines, level in (([under], "ok"), ([under, over], "warning")):
-        program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
-        program.chmod(0o755)
+        program(tmp_path, name, "".join(f"echo '{line}'\n" for line in lines))
         assert disks.quota().level == level
     is_wrong(disks.quota(), "warning", f"{name}: {over}")
     assert under not in disks.quota().seen
+    program(tmp_path, name, "echo 'server does not respond' >&2; exit 1")
+    is_wrong(disks.quota(), "warning", f"{name} does not answer (server does not respond)")
+    program(tmp_path, name, f"echo '{under}'; exit 1")  # of two servers one
+    assert disks.quota().level == "ok"
 
 
 def test_a_file_system_is_called_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +280,15 @@ def test_models_are_those_of_the_manifest(tmp_path: Path, monkeypatch: pytest.Mo
     is_wrong(disks.models("laptop-image", cluster=True), "error", f"{weights}: its bytes are not those")
 
 
+def test_a_mac_has_neither_of_these_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert bottleneck.cores_per_process() == os.cpu_count()
+    assert "perhaps from this machine's cache" in disks._speed(tmp_path, disks.Mount("/", "apfs", "local")).seen
+
+
 # ---- names, ports, meetings
 
 
@@ -284,6 +302,23 @@ def test_a_name_that_means_nothing_or_the_machine_itself(monkeypatch: pytest.Mon
     assert network.is_loopback("127.0.1.1")  # Debian's
     assert network.is_loopback("::1")
     assert not network.is_loopback("10.77.0.1")
+
+
+def test_processes_that_block_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL does behind a firewall, and srun where no core is left: a stand-in, that sleeps."""
+    monkeypatch.setattr(network, "_STARTED", "import time; time.sleep(600)")
+    is_wrong(network.meet_here("nccl", 3, 0.2, 0.1), "error", "3 processes did not meet", "no answer in 0.3 s")
+    program(tmp_path, "srun", "exec sleep 600")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    is_wrong(network.meet_across("nccl", 2, "a", 1, 0.2, 0.1), "error", "no answer in 0.3 s")
+
+
+def test_all_gpus_of_a_machine_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[tuple[str, int]] = []
+    monkeypatch.setattr(network, "meet_here", lambda backend, processes: met.append((backend, processes)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert len(list(doctor.meetings(doctor.Settings(), 0))) == 3
+    assert met == [("gloo", 2), ("nccl", 8)]
 
 
 def test_a_port_in_use() -> None:
@@ -349,19 +384,54 @@ def test_a_path_without_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert health.compilers().level == "ok"
 
 
-def test_a_driver_whose_gpus_torch_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`nvidia-smi` is a stand-in; the GPUs are, too."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
-    program.chmod(0o755)
+def test_a_program_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    """By SIGTERM, which it may catch to say something; and by SIGKILL where it stays."""
+    said = health.answer(["sh", "-c", "echo out; trap 'echo told >&2; exit' TERM; sleep 9 & wait"], seconds=0.5)
+    assert (said.returncode, said.stdout, said.stderr) == (124, "out\n", "told\nno answer in 0.5 s\n")
+    assert health.answer(["sh", "-c", "echo a; echo b >&2; exit 3"], seconds=9).returncode == 3
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for programs before all others, on a machine where torch sees no GPU and nothing promises any."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(health, "KERNEL_MODULE", tmp_path / "version")
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_driver_whose_gpus_torch_does_not_see(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(bare, "nvidia-smi", "echo 580.95.05; echo 580.95.05")
     is_wrong(health.devices("fp32")[0], "error", "driver 580.95.05 is here", "--nv")
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        is_wrong(health.devices("fp32")[0], "warning", f"CUDA_VISIBLE_DEVICES={hidden},", "--gres=gpu:1")
+
+
+def test_gpus_that_were_promised(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container without --nv there is no nvidia-smi, but the kernel's module can be seen."""
+    assert health.devices("fp32")[0].level == "ok"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    is_wrong(health.devices("fp32")[0], "error", "CUDA_VISIBLE_DEVICES=0,1 names some", "--nv")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    words = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version: 12.3.0\n"
+    )
+    (bare / "version").write_text(words)
+    is_wrong(health.devices("fp32")[0], "error", "driver 570.86.15 is here", "--nv")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    is_wrong(health.devices("fp32")[0], "warning", "CUDA_VISIBLE_DEVICES is empty")
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
-    assert health.devices("fp32")[0].level == "ok"  # no driver that answers, no GPU
+    is_wrong(health.devices("fp32")[0], "error", "SLURM gave this job 4 here", "driver 570.86.15", "--nv")
+
+
+def test_a_driver_that_is_broken(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it looks on a login node that has the same packages as the others: right there, wrong in a job."""
+    program(bare, "nvidia-smi", "echo 'NVIDIA-SMI has failed' >&2; exit 9")
+    is_wrong(health.devices("fp32")[0], "warning", "nvidia-smi is installed, but finds no driver", "login node")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    is_wrong(health.devices("fp32")[0], "error", "SLURM gave this job 1 here", "driver not found")
 
 
 def test_gpus_and_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +462,7 @@ def test_partitions_are_read_as_sinfo_writes_them() -> None:
         ),
         "cs|100|48|180000+|(null)|30:00": Partition("cs", False, 100, 48, 180000, 0, "", 0.5),
         "mix|1|64|512000|gpu:a100:3,gpu:v100:1,tmp:5|2-12": Partition("mix", False, 1, 64, 512000, 4, "", 60.0),
+        "mig|1|64|512000|gpu:1g.10gb:2(S:0)|infinite": Partition("mig", False, 1, 64, 512000, 2, "1g.10gb", None),
         "short|1|4|1000|gpu:tesla_t4:1|01:30:00": Partition("short", False, 1, 4, 1000, 1, "tesla_t4", 1.5),
     }
     for line, expected in lines.items():

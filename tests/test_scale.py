@@ -32,8 +32,8 @@ CLUSTER = Cluster(
 # A hundred million numbers; 1 ms and 30 GFLOP a row.
 WORK = Work(
     weights=100_000_000, trained=100_000_000, towers=3, largest=66_000_000, layers=100, norms=0,
-    row_seconds=1e-3, step_seconds=0.0, operators=0, row_flops=30e9, row_bytes=50e6, photo_seconds=0.0,
-    row_vectors=2, classes=555, width=256, loss_flops=0.0,
+    row_seconds=1e-3, step_seconds=0.0, operators=0, row_flops=30e9, row_bytes=50e6, step_bytes=0.0,
+    photo_seconds=0.0, row_vectors=2, classes=555, width=256, loss_flops=0.0,
 )  # fmt: skip
 
 
@@ -165,6 +165,8 @@ def test_memory_by_hand() -> None:
     assert found == pytest.approx({"ddp": 2.0, "zero1": 1.3, "zero2": 1.1, "zero3": 1.3, "fsdp2": 1.192})
     bytes_of = scaling.step_bytes(changed(micro_batch=8), "ddp", 4, 64)
     assert bytes_of["activations"] == 8 * 50e6
+    copies = scaling.step_bytes(changed(micro_batch=8, step_bytes=7e6), "ddp", 4, 64)
+    assert copies["activations"] == 8 * 50e6 + 7e6
     assert bytes_of["embeddings"] == pytest.approx(2 * 4 * 256 * (128 + WORK.captions(64)))
 
 
@@ -213,6 +215,26 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     inputs = {m: torch.randn(4, 256) for m in ("image", "meta")}
     expected = 2 * 4 * 4 * (5 * 256 + 64)
     assert rehearsal.kept_bytes(contrastive(), inputs) == pytest.approx(expected, rel=0.02)
+
+
+def test_autocast_keeps_copies_of_weights_whatever_the_rows() -> None:
+    """In bf16 a row keeps 2 x 5 x 256 bytes of each tower, and its vector with its lengths in float32.
+
+    For the gradient of its input a layer keeps its weights, the first apart: 3 x 256 x 256 + 64 x 256 of a tower.
+    """
+    model, sizes = contrastive(), (16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [rehearsal.kept_bytes(model, {m: torch.randn(n, 256) for m in ("image", "meta")}) for n in sizes]
+    per_row, rest = rehearsal.slope_and_rest(sizes, found)
+    assert per_row == pytest.approx(2 * (2 * 5 * 256 + 4 * 64), rel=0.02)
+    assert rest == pytest.approx(2 * 2 * (3 * 256 * 256 + 64 * 256), rel=1e-3)
+
+
+def test_a_slope_that_noise_has_made_is_not_believed() -> None:
+    assert rehearsal.slope_and_rest((16, 8), (40.0, 24.0)) == (2.0, 8.0)
+    assert rehearsal.slope_and_rest((16, 8), (40.0, 10.0)) == (2.5, 0.0)  # the rest would be negative
+    assert rehearsal.slope_and_rest((16, 8), (40.0, 41.0)) == (2.5, 0.0)
+    assert rehearsal.slope_and_rest((1,), (40.0,)) == (40.0, 0.0)
 
 
 # ---- choosing
@@ -402,6 +424,27 @@ def test_a_recipe_is_measured_here(tiny_shards: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "A batch of 8 of each GPU, by the pace of this processor" in printed
     assert "1,024" in printed
+
+
+@pytest.mark.slow
+def test_a_large_batch_is_planned_by_some_of_its_rows(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Of 96 photographs 64 are decoded and trained on; where not even those fit a line says what to do."""
+    sizes: list[int] = []
+    monkeypatch.setattr(rehearsal.Rehearsal, "seconds", lambda self, rows: sizes.append(len(rows["label"])) or 1.0)
+    settings = ["--shards", tiny_shards, *training.RESNET, "--batch-size", "96", "--gpus", "1"]
+    assert training.run(scale.main, ["demo", *settings]) == 0
+    assert sizes == [64, 32]
+
+    def no_room(self: rehearsal.Rehearsal, rows: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rehearsal.Rehearsal, "seconds", no_room)
+    capsys.readouterr()
+    assert training.run(scale.main, ["demo", *settings]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no room for 64 rows at a time: give --micro-batch 32" in line
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ Without workers the process decodes what it waits for: w / (images/s) seconds a 
 import dataclasses
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 
@@ -38,7 +39,9 @@ def workers_needed(workers: int, wait: float) -> int:
 
 def cores_per_process() -> int:
     """Cores for this process, where all processes of its node have as many."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # Linux alone says which of them this process may use.
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else psutil.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def loader_advice(wait: float, workers: int, *, cores: int, busy: float) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 from huggingface_hub import constants
 
-from xcon import hub, images
+from xcon import health, hub, images
 from xcon.health import Finding
 from xcon.records import CARD_NAME
 from xcon.shardset import ShardSet, Split
@@ -91,8 +91,12 @@ def quota() -> Finding:
     tool = next((tool for tool in QUOTA_TOOLS if shutil.which(tool[0])), None)
     if tool is None:
         return Finding("ok", "quota", f"no tool here ({' or '.join(words[0] for words in QUOTA_TOOLS)})")
-    said = subprocess.run(tool, text=True, capture_output=True, check=False).stdout
-    full = [" ".join(line.split()) for line in said.splitlines() if _is_near_limit(line)]
+    done = health.answer(tool, seconds=health.PATIENCE)
+    if done.returncode and not done.stdout.strip():  # `quota` has status 1 where something is over a limit, too
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        advice = "ask the site how limits are seen; they may be reached unseen"
+        return Finding("warning", "quota", f"{tool[0]} does not answer ({reason})", advice)
+    full = [" ".join(line.split()) for line in done.stdout.splitlines() if _is_near_limit(line)]
     if full:
         advice = "remove what is not needed: a reached limit ends a run at its next checkpoint"
         return Finding("warning", "quota", f"{tool[0]}: {'; '.join(full)}", advice)
@@ -133,8 +137,9 @@ def _write(descriptor: int) -> float:
 
 
 def _read(descriptor: int, size: int) -> float:
-    """Bytes a second of what the kernel was told to forget."""
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    """Bytes a second of what the kernel was told to forget; Linux's can be told."""
+    if sys.platform == "linux":
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     begun = time.perf_counter()
     for start in range(0, size, CHUNK):
         os.pread(descriptor, CHUNK, start)
@@ -148,6 +153,8 @@ def _rate(speed: float) -> str:
 def _honest(mount: Mount) -> str:
     if mount.where == "memory":
         return " (from memory)"
+    if sys.platform != "linux":
+        return " (perhaps from this machine's cache)"
     return " (this machine's cache dropped" + ("; the server's may help)" if mount.where == "network" else ")")
 
 

@@ -143,7 +143,7 @@ def meetings(settings: Settings, job_nodes: int) -> Iterator[Finding]:
         yield network.port(LAUNCH_PORT)
         yield network.meet_here("gloo", 2)
         if gpus:
-            yield network.meet_here("nccl", min(gpus, 2))
+            yield network.meet_here("nccl", gpus)
 
 
 # --------------------------------------------------------------------------------------------------------

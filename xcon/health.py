@@ -4,8 +4,10 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,9 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 SHOWN = ("torch", "accelerate", "deepspeed", "transformers", "timm")
+PATIENCE = 30.0  # seconds for a program that may meet a server, or a driver, that is gone
+HIDDEN = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES: no GPU; the last is SLURM's
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")  # seen in containers, too, where nvidia-smi is not
 # A world that somebody else's launcher has named; Accelerate takes each of them for its own.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -33,6 +38,31 @@ class Finding:
     subject: str
     seen: str
     do: str = ""
+
+
+def answer(
+    command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What a program says. One that does not end is ended, and has failed as by `timeout`: with status 124.
+
+    Args:
+        command: the program and its arguments.
+        seconds: that it is given.
+        env: its environment; None: this one's.
+    """
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            said, complained = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # srun ends what it has started
+        else:
+            return subprocess.CompletedProcess(command, process.returncode, said, complained)
+        try:
+            said, complained = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, complained = "", ""
+    return subprocess.CompletedProcess(command, 124, said, f"{complained}no answer in {seconds:g} s\n")
 
 
 def versions() -> list[Finding]:
@@ -79,23 +109,43 @@ def _gpus(driver: str | None) -> Finding:
             advice = "choose equal ones by CUDA_VISIBLE_DEVICES: the slowest sets the pace"
             return Finding("warning", "GPUs", seen, advice)
         return Finding("ok", "GPUs", seen)
-    if driver is None:
-        return Finding("ok", "GPUs", "none here, and no NVIDIA driver: training is on the processor")
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return Finding("warning", "GPUs", "hidden: CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
+    return _no_gpu(driver)
+
+
+def _no_gpu(driver: str | None) -> Finding:
+    """Whether it is right that torch sees none: not where there is a driver, or somebody has promised some."""
     build = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
-    advice = "install a torch whose CUDA the driver knows; start a container with --nv"
-    return Finding("error", "GPUs", f"driver {driver} is here, but {build} sees no GPU", advice)
+    given, visible = os.environ.get("SLURM_GPUS_ON_NODE", "0"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    with_nv = "start a container with --nv"
+    if given != "0":
+        seen = f"SLURM gave this job {given} here, but {build} sees none; driver {driver or 'not found'}"
+        return Finding("error", "GPUs", seen, f"{with_nv}; else `nvidia-smi` in a job, and ask the site")
+    if driver and visible in HIDDEN:
+        seen = f"hidden: CUDA_VISIBLE_DEVICES={visible}, as in a job that asked for none"
+        return Finding("warning", "GPUs", seen, "unset CUDA_VISIBLE_DEVICES, or ask for some by --gres=gpu:1")
+    if driver:
+        advice = f"install a torch whose CUDA the driver knows; {with_nv}"
+        return Finding("error", "GPUs", f"driver {driver} is here, but {build} sees no GPU", advice)
+    if visible not in (None, *HIDDEN):
+        seen = f"CUDA_VISIBLE_DEVICES={visible} names some, but there is no NVIDIA driver"
+        return Finding("error", "GPUs", seen, f"{with_nv}, or unset CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi"):
+        seen = "none here: nvidia-smi is installed, but finds no driver"
+        return Finding("warning", "GPUs", seen, "nothing on a login node; where GPUs should be, ask the site")
+    return Finding("ok", "GPUs", "none here, and no NVIDIA driver: training is on the processor")
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver; None where it is not installed or does not answer."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    """Of NVIDIA's driver, by its program or its module in the kernel; None where there is neither."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(query[0]):
+        done = answer(query, seconds=PATIENCE)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.splitlines()[0].strip()
+    if not KERNEL_MODULE.is_file():
         return None
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, text=True, capture_output=True, check=False)
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+    found = re.search(r"\d+\.\d+(\.\d+)?", KERNEL_MODULE.read_text())
+    return found[0] if found else "unknown"
 
 
 def compilers() -> Finding:

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -18,10 +19,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
+from xcon import health
 from xcon.health import WORLD_SIZES, Finding
 
 Backend = Literal["gloo", "nccl"]
-SECONDS = 60  # that processes wait for one another
+SECONDS = 60.0  # that processes wait for one another
+START = 120.0  # seconds that they may take besides, to import torch from a slow disk
 _STARTED = "from xcon import network; network.join()"
 _INTERFACE = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes (`ip -br addr`)"
 
@@ -122,21 +125,38 @@ def join() -> None:
     os._exit(0)  # a failed process group would wait for the others once more
 
 
-def meet_here(backend: Backend, processes: int) -> Finding:
-    """Lets processes of this machine meet."""
+def meet_here(backend: Backend, processes: int, seconds: float = SECONDS, start: float = START) -> Finding:
+    """Lets processes of this machine meet.
+
+    Args:
+        backend: by which.
+        processes: how many.
+        seconds: that they wait for one another; what blocks inside NCCL is not bound by it.
+        start: seconds after which, added to those, they are ended.
+    """
     world = _world(processes, "127.0.0.1", free_port())
     started = [
         subprocess.Popen(
-            _command(backend, SECONDS), env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            _command(backend, seconds), env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(processes)
     ]  # fmt: skip
-    said = [process.communicate() for process in started]
+    end = time.monotonic() + seconds + start
+    said = []
+    for process in started:
+        try:
+            said.append(process.communicate(timeout=max(0.0, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, complaints = process.communicate()
+            said.append((printed, f"{complaints}no answer in {seconds + start:g} s\n"))
     return verdict(backend, processes, *("".join(parts) for parts in zip(*said, strict=True)))
 
 
-def meet_across(backend: Backend, nodes: int, head: str, number: int, seconds: float = SECONDS) -> Finding:
+def meet_across(
+    backend: Backend, nodes: int, head: str, number: int, seconds: float = SECONDS, start: float = START
+) -> Finding:
     """Lets a process of each node of this SLURM job meet at a port of the first one.
 
     Args:
@@ -145,12 +165,11 @@ def meet_across(backend: Backend, nodes: int, head: str, number: int, seconds: f
         head: the name of the first one.
         number: of the port.
         seconds: that they wait for one another.
+        start: seconds after which, added to those, they are ended; srun waits without end for a core in use.
     """
     step = ["srun", "--export=ALL", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap"]
     world = {**_world(nodes, head, number), "LOCAL_RANK": "0"}
-    done = subprocess.run(
-        [*step, *_command(backend, seconds)], env=world, text=True, capture_output=True, check=False
-    )
+    done = health.answer([*step, *_command(backend, seconds)], seconds=seconds + start, env=world)
     return verdict(backend, nodes, done.stdout, done.stderr)
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from xcon.tracking import LOG
 
 STEPS = 5  # timed, after one to warm up
 LARGE = 100_000  # numbers: DeepSpeed's stage3_param_persistence_threshold, below which ZeRO-3 gathers nothing
-FEW = 8  # rows that are enough to count what a row needs
+ROWS = 64  # that are encoded at a time, at most: more take longer, and teach nothing of a row
+FEW = 16  # that are enough to count what a row needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +56,18 @@ class Rehearsal:
 
     Args:
         cfg: its settings; the batch is one that is encoded at a time.
+        most: rows of that batch, though the settings have more.
 
     Raises:
         ValueError: settings that this cannot plan for.
     """
 
-    def __init__(self, cfg: PretrainConfig) -> None:
+    def __init__(self, cfg: PretrainConfig, most: int = ROWS) -> None:
         if cfg.views > 1:
             raise ValueError(f"--views {cfg.views}: only losses between modalities are planned for")
-        rows = cfg.micro_batch or cfg.batch_size
+        unit = max(1, cfg.per_class)
+        rows = max(1, min(cfg.micro_batch or cfg.batch_size, most) // unit) * unit
+        shards = ShardSet(cfg.shards, cfg.caption)  # refused before anything is made
         # A processor has no fp16; what is counted is the same in bf16.
         on_processor = cfg.precision == "fp16" and not torch.cuda.is_available()
         precision = launch.resolve_precision("bf16" if on_processor else cfg.precision)
@@ -72,7 +77,6 @@ class Rehearsal:
         )
         self.micro_batch = cfg.micro_batch
         self.objective = Objective(cfg.modalities, cfg.matching, weights=cfg.term_weights)
-        shards = ShardSet(cfg.shards, cfg.caption)
         self.classes = len(shards.card.classes)
         towers, text = start.contrastive_towers(self.cfg, shards, self.accelerator.device)
         self.module = ContrastiveModel(towers, temperature=cfg.temperature, max_scale=cfg.max_scale)
@@ -110,6 +114,7 @@ class Rehearsal:
         flops, calls = FlopCounterMode(display=False), _Calls()
         with flops, calls, torch.no_grad():
             self.wrapped(self.objective.inputs(few))
+        row_bytes, step_bytes = self._kept(len(few["label"]))
         return dataclasses.replace(
             self.counts(),
             row_seconds=pace.row_seconds,
@@ -117,18 +122,23 @@ class Rehearsal:
             loss_flops=pace.loss_flops,
             operators=calls.count,
             row_flops=3 * flops.get_total_flops() / len(few["label"]),  # the backward pass twice the forward
-            row_bytes=kept_bytes(self.wrapped, self.objective.inputs(few)) / len(few["label"]),
+            row_bytes=row_bytes,
+            step_bytes=step_bytes,
         )
+
+    def _kept(self, rows: int) -> tuple[float, float]:
+        """Bytes kept for every row, and for every part: twice the rows keep twice the former."""
+        sizes = [rows, rows // 2] if rows > 1 else [rows]
+        found = [kept_bytes(self.wrapped, self.objective.inputs(self._rows(size))) for size in sizes]
+        return slope_and_rest(sizes, found)
 
     def pace(self) -> Pace:
         """That of this machine: of a batch, and of half of one, what a row takes and what a step takes anyway."""
         rows = len(self.batch["label"])
         sizes = [rows, rows // 2] if rows >= 4 else [rows]
         seconds = [self.seconds(self._rows(size)) for size in sizes]
-        slope = (seconds[0] - seconds[-1]) / max(1, sizes[0] - sizes[-1])
-        if not 0 < slope <= seconds[0] / rows:  # noise: then all of it is the rows'
-            slope = seconds[0] / rows
-        return Pace(slope, seconds[0] - slope * rows, scaling.loss_flops(self.counts(), 1, rows))
+        per_row, per_step = slope_and_rest(sizes, seconds)
+        return Pace(per_row, per_step, scaling.loss_flops(self.counts(), 1, rows))
 
     def counts(self) -> Work:
         """What is known without measuring a step."""
@@ -147,6 +157,7 @@ class Rehearsal:
             operators=0,
             row_flops=0.0,
             row_bytes=0.0,
+            step_bytes=0.0,
             photo_seconds=self.photo_seconds,
             row_vectors=len(self.cfg.modalities) - self.shared,
             classes=self.classes if self.shared else 0,
@@ -190,6 +201,19 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+def slope_and_rest(sizes: Sequence[int], found: Sequence[float]) -> tuple[float, float]:
+    """What every row takes, and what is taken anyway; all is the rows' where the rest would be negative.
+
+    Args:
+        sizes: rows: many, and fewer; or many alone.
+        found: what they took.
+    """
+    slope = (found[0] - found[-1]) / max(1, sizes[0] - sizes[-1])
+    if not 0 < slope <= found[0] / sizes[0]:
+        slope = found[0] / sizes[0]
+    return slope, found[0] - slope * sizes[0]
 
 
 def kept_bytes(wrapped: nn.Module, inputs: dict[str, Tensor]) -> int:

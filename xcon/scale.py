@@ -25,7 +25,7 @@ from rich.table import Table
 from xcon import commandline, config, recipes, scaling
 from xcon.config import PretrainConfig
 from xcon.records import atomic_write
-from xcon.rehearsal import Rehearsal, pace_of_run
+from xcon.rehearsal import FEW, ROWS, Pace, Rehearsal, pace_of_run
 from xcon.scaling import STRATEGIES, Cluster, Prediction, Strategy
 
 PROGRAM = "xcon scale"
@@ -112,18 +112,34 @@ def run() -> None:
     cfg, measured = read_settings()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one process is all it takes: give the command without accelerate launch or torchrun")
-    rehearsal = Rehearsal(cfg)
+    rehearsal = Rehearsal(cfg, most=FEW if measured else ROWS)  # the log has a run's pace
     if measured:
         saved = config.read_config(measured / "config.json", PretrainConfig)
         pace = pace_of_run(measured, saved, rehearsal.counts())
         source = f"by the pace of {measured}"
     else:
-        pace = rehearsal.pace()
+        pace = pace_here(rehearsal)
         source = f"by the pace of this {'GPU' if torch.cuda.is_available() else 'processor, no GPU'}"
     found = plan(cfg, rehearsal.work(pace))
     show(cfg, found, source)
     for out in cfg.out:
         write(found, out)
+
+
+def pace_here(rehearsal: Rehearsal) -> Pace:
+    """That of this machine.
+
+    Raises:
+        ValueError: its GPU has no room for it.
+    """
+    try:
+        return rehearsal.pace()
+    except torch.OutOfMemoryError:
+        rows = len(rehearsal.batch["label"])
+        raise ValueError(
+            f"this GPU has no room for {rows} rows at a time: give --micro-batch {max(1, rows // 2)}, or the "
+            "config.json of a run elsewhere"
+        ) from None
 
 
 def read_settings() -> tuple[ScaleConfig, Path | None]:

@@ -65,7 +65,8 @@ class Work:
         row_seconds, step_seconds: of computing, for every row of a GPU and for every step, without parts.
         operators: that a forward pass calls.
         row_flops: of the encoders for a row, forward and backward.
-        row_bytes: that the encoders keep of a row for the backward pass.
+        row_bytes, step_bytes: that the encoders keep for the backward pass, of every row and of every part; the
+            latter are copies of weights, as autocast makes them.
         photo_seconds: of a loader's worker for a row.
         row_vectors: modalities with a vector for every row.
         classes: of which each has one vector, its caption's, for all rows of it; 0: no modality is shared so.
@@ -85,6 +86,7 @@ class Work:
     operators: int
     row_flops: float
     row_bytes: float
+    step_bytes: float
     photo_seconds: float
     row_vectors: int
     classes: int
@@ -295,7 +297,7 @@ def step_bytes(work: Work, strategy: Strategy, gpus: int, batch: int) -> dict[st
     vectors = work.row_vectors * batch + work.captions(batch)
     return {
         "weights": held(work, strategy, gpus),
-        "activations": work.row_bytes * math.ceil(rows / parts),
+        "activations": work.step_bytes + work.row_bytes * math.ceil(rows / parts),
         "embeddings": 2 * FLOAT * work.width * vectors,  # and their gradients
         "CUDA": CONTEXT,
     }

@@ -5,13 +5,14 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from xcon import health
 from xcon.health import Finding
 
 SHORTEST_GRACE = 60  # seconds in which a checkpoint is surely written
+PATIENCE = 60.0  # seconds: a controller that is busy is asked again for some 30
 SHARE = 0.9  # of a node's memory: some belongs to its system
 
 
@@ -110,7 +111,7 @@ def first_node() -> str:
 def _answer(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"{command[0]} is not on PATH: no SLURM here, or this is inside a container")
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    done = health.answer(command, seconds=PATIENCE)
     if done.returncode:
         raise OSError(f"{shlex.join(command)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     return done.stdout
@@ -119,7 +120,7 @@ def _answer(*command: str) -> str:
 def read_partition(line: str) -> Partition:
     """Reads a line of `sinfo --format=%P|%D|%c|%m|%G|%l`."""
     name, nodes, cpus, memory, gres, limit = line.strip().split("|")
-    kinds = re.findall(r"gpu:(?:([A-Za-z][\w.-]*):)?(\d+)", gres)  # gpu:2, gpu:h200:8(S:0-1), and others beside
+    kinds = re.findall(r"gpu:(?:([^:(),]+):)?(\d+)", gres)  # gpu:2, gpu:h200:8(S:0-1), and others beside
     return Partition(
         name=name.removesuffix("*"),
         default=name.endswith("*"),
@@ -149,7 +150,7 @@ def read_limit(text: str) -> float | None:
 
 
 def choose(partitions: Sequence[Partition], wanted: str | None, nodes: int) -> Partition:
-    """The partition to ask: the one that is wanted, else the default one, else one with GPUs.
+    """The partition to ask: the one that is wanted, else one with GPUs, the default one if it has some.
 
     Of several kinds of nodes the one with the most GPUs of which there are enough.
 
