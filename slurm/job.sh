@@ -12,8 +12,8 @@ run() { # SCRIPT | COMMAND, ARGUMENT ...
   if ((${SLURM_RESTART_COUNT:-0} == 0)); then rm -rf "$notes"; fi # of a job that had the same number
   mkdir -p "$notes"
   notes=$(realpath --no-symlinks "$notes") # as a container sees it
-  export XCON_STOPPED=$notes/stopped XCON_ASKED=$notes/asked
-  rm -f "$XCON_STOPPED" "$XCON_ASKED"
+  export XCON_STOPPED=$notes/stopped XCON_ASKED=$notes/asked XCON_FAILED=$notes/failed
+  rm -f "$XCON_STOPPED" "$XCON_ASKED" "$XCON_FAILED"
   read -r XCON_HEAD < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export XCON_HEAD
 
@@ -35,6 +35,7 @@ run() { # SCRIPT | COMMAND, ARGUMENT ...
     on_every_node bash slurm/stage.sh remove "$@" || true # a copy that stays does no harm
   fi
   if [ -n "$stopped" ] && [ -z "$ended" ]; then requeue "$notes" "stopped at $stopped"; fi
+  if [ -s "$XCON_FAILED" ]; then echo "failed: $(head -n 1 "$XCON_FAILED")" >&2; fi # below all that launchers say
   rm -r "$notes"
   exit "$status"
 }

@@ -460,6 +460,30 @@ exit 75
 WAITS = "#!/bin/bash\necho waits\nsleep 60\n"
 
 
+def test_a_failed_job_says_why_in_its_last_line(tmp_path: Path):
+    """`accelerate` is a stand-in that runs the trainer, which refuses its settings, and then says much itself."""
+    trainer = f"{BIN}/xcon pretrain demo --shards none --out none --bogus 3"
+    launcher = f"#!/bin/bash\n{trainer}\nstatus=$?\necho much >&2\nexit $status\n"
+    stubs = {"srun": SRUN, "scontrol": SCONTROL}
+    stubs = {name: text.format(python=sys.executable, folder=tmp_path) for name, text in stubs.items()}
+    settings = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    settings |= {"XCON_ENV": str(programs(tmp_path, **stubs, accelerate=launcher))}
+    settings |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "XCON_JOBS": str(tmp_path / "jobs")}
+    done = subprocess.run(
+        ["bash", "slurm/pretrain.sh", "demo"],
+        cwd=ROOT,
+        env=settings,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    *_, before, last = done.stderr.splitlines()
+    assert before == "much"
+    assert last.startswith("failed: xcon pretrain: Unrecognized options: --bogus")
+    assert not list((tmp_path / "jobs").iterdir())
+
+
 @pytest.mark.parametrize("moment", ["staging", "importing"])
 def test_a_signal_before_the_trainer_hears_it_is_not_lost(moment: str, shard_set: Path, tmp_path: Path):
     stubs = {"srun": SRUN, "scontrol": SCONTROL}

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -22,7 +23,8 @@ _RULES = ({"\u2500"}, {"-"})
 def guarded(body: Callable[[], None], program: str) -> None:
     """Runs an entry point; a user's mistake (ValueError, OSError) becomes one line and exit status 2.
 
-    With `XCON_TRACEBACK=1` in the environment the whole traceback is shown instead.
+    With `XCON_TRACEBACK=1` in the environment the whole traceback is shown instead. The line also goes to the
+    end of the file that `XCON_FAILED` names: a batch script shows it again below what launchers say of a failure.
     """
     rank = os.environ.get("RANK", "0")
     program += f" [rank {rank}]" if rank != "0" else ""
@@ -32,6 +34,9 @@ def guarded(body: Callable[[], None], program: str) -> None:
         if os.environ.get("XCON_TRACEBACK"):
             raise
         complain(program, _words(error))
+        if told := os.environ.get("XCON_FAILED"):
+            with contextlib.suppress(OSError), Path(told).open("a", encoding="utf-8") as file:
+                file.write(f"{program}: {' '.join(_words(error).split())}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         complain(program, "interrupted; give the same command again")
