@@ -216,8 +216,9 @@ def test_a_wrong_call_is_one_line(
 def test_what_is_here_already_is_not_fetched(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert fetch("--text-model", str(tmp_path)) == 0
     assert f"--text-model {tmp_path}: a folder here, nothing to fetch" in capsys.readouterr().out
-    assert fetch("demo") == 0
-    assert "demo: nothing of the hub is needed" in capsys.readouterr().out
+    for check in ([], ["--check"]):
+        assert fetch("demo", *check) == 0
+        assert "demo: nothing of the hub is needed" in capsys.readouterr().out
     assert not cache.exists()
 
 

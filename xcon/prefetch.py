@@ -60,6 +60,9 @@ def prefetch() -> None:
     settings = commandline.parse(Settings, PROGRAM)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     needed = hub.needs(settings.recipes, text_model=settings.text_model, image_backbone=settings.image_backbone)
+    if settings.recipes and not needed:
+        console.print(f"{' '.join(settings.recipes)}: nothing of the hub is needed")
+        return
     if settings.check:
         check(needed, console)
         return
@@ -71,8 +74,6 @@ def prefetch() -> None:
         models.append(fetch_image(setting, name) if setting == hub.IMAGE else fetch_text(setting, name))
         hub.write_down(models[-1])
     show(models, console)
-    if not needed:
-        console.print(f"{' '.join(settings.recipes)}: nothing of the hub is needed")
 
 
 def fetch_image(setting: str, backbone: str) -> hub.Model:
