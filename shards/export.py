@@ -26,10 +26,10 @@ from huggingface_hub import DatasetCardData
 from rich.console import Console
 
 from shards.build import add_member
-from shards.members import MEMBERS, Stored, sha256, stored
+from shards.members import MEMBERS, Stored, stored
 from shards.progress import progress
 from shards.workspace import full_disk
-from xcon.records import CARD_NAME, Card, Record, Shard, atomic_write, year_fraction
+from xcon.records import CARD_NAME, Card, Record, Shard, atomic_write, sha256, year_fraction
 
 Target = Literal["webdataset", "datasets"]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shards.members import sha256
 from shards.observations import SPLIT_NAMES
 from shards.progress import progress
 from xcon.records import (
@@ -28,6 +27,7 @@ from xcon.records import (
     caption,
     index_name,
     number_classes,
+    sha256,
 )
 from xcon.tarindex import Keys, Label, Row, prefix_of, read, table, to_bytes
 

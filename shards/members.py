@@ -1,7 +1,6 @@
 """The records of a finished tar, one after another: for each a photograph, a caption and a JSON, nothing else."""
 
 import dataclasses
-import hashlib
 import itertools
 import mmap
 import tarfile
@@ -69,9 +68,3 @@ def row_of(record: Record, found: Stored) -> dict[str, Any]:
     """The row of the index that a record has, as it was read from its tar."""
     text, photograph = found.members["txt"].decode(), found.members["jpg"]
     return index_row(record, text, offset=found.offset, size=len(photograph))
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, as the card has it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

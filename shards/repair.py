@@ -11,11 +11,11 @@ from rich.console import Console
 
 from shards import trouble
 from shards.build import Job, Settings, index_bytes, make
-from shards.members import row_of, sha256, stored
+from shards.members import row_of, stored
 from shards.plan import Plan
 from shards.progress import progress
 from shards.workspace import WORK, changes, full_disk
-from xcon.records import CARD_NAME, Card, Record, Shard, atomic_write
+from xcon.records import CARD_NAME, Card, Record, Shard, atomic_write, sha256
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from shards.build import index_bytes
-from shards.members import Stored, row_of, sha256, stored
+from shards.members import Stored, row_of, stored
 from shards.photographs import decodes, is_stored
 from shards.pool import Pool
 from shards.progress import progress
@@ -34,6 +34,7 @@ from xcon.records import (
     Shard,
     atomic_write,
     index_schema,
+    sha256,
 )
 from xcon.shardset import from_tar
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -20,22 +19,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from xcon import commandline, gather, launch, runlock, tracking
 from xcon.config import TrainConfig, read_json
 from xcon.model import weights_to_bytes
-from xcon.records import atomic_write
+from xcon.records import atomic_write, sha256
 
 Found = TypeVar("Found")
 _OF_TORCH = ("PytorchStream", "inline_container")  # what its errors of reading and writing have in common
 
 KEPT = 2
 REMEDY = "remove the folder to resume from the one before"
-# Strategies whose checkpoints have a piece for each process.
-IN_PIECES = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +167,8 @@ class Checkpoints:
         self.accelerator.load_state(str(newest))
         self.accelerator.wait_for_everyone()
         saved, now = state["processes"], self.accelerator.num_processes
-        if (
-            saved != now
-        ):  # the order of records and what is drawn for each are those of the step; dropout draws anew
+        if saved != now:
+            # The order of records and what is drawn for each are those of the step; dropout draws anew.
             set_seed(state["step"], device_specific=True)
             self.accelerator.print(f"{newest}: saved by {saved} processes, gone on with by {now}")
         best = state["best"] and tuple(state["best"])
@@ -204,7 +200,7 @@ class Checkpoints:
     def _check(self, checkpoint: Path, hashes: Mapping[str, str]) -> None:
         """Raises ValueError, on all processes, unless every file is what was saved."""
         try:
-            found = self._hashes(checkpoint, list(hashes), _sha256)
+            found = self._hashes(checkpoint, list(hashes), sha256)
         except OSError as error:
             raise ValueError(f"{checkpoint}: damaged ({error}); {REMEDY}") from None
         for name, digest in hashes.items():
@@ -239,7 +235,7 @@ class Checkpoints:
 
     @property
     def _in_pieces(self) -> bool:
-        return self.accelerator.distributed_type in IN_PIECES
+        return self.accelerator.distributed_type in launch.IN_PIECES
 
     def _prune(self) -> None:
         """Removes all but the newest checkpoints, and the weights that none of those names as its best.
@@ -285,7 +281,7 @@ def _settled(path: Path) -> str:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             file.keys()
-    return _sha256(path)
+    return sha256(path)
 
 
 def _to_disk(path: Path) -> None:
@@ -295,11 +291,6 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_run(config: TrainConfig, **facts: Any) -> bool:

@@ -56,7 +56,7 @@ def mount_of(folder: Path) -> Mount:
 
 def run_folder(folder: Path) -> list[Finding]:
     """Room, files and speed where a run will be; nothing is left there, and the folder itself is not made."""
-    there = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
+    there = _nearest(folder)
     mount = mount_of(there)
     found = [_room(there, mount), _files(there)]
     if any(finding.level == "error" for finding in found):

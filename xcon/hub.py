@@ -23,7 +23,7 @@ from huggingface_hub.hf_api import RepoFile
 from xcon import recipes
 from xcon.config import BACKBONE, WEIGHTS, FinetuneConfig, PretrainConfig, read_json
 from xcon.encoders import SMALL_TEXT
-from xcon.records import atomic_write
+from xcon.records import atomic_write, sha256
 
 MANIFEST_NAME = "xcon-prefetch.json"
 FORMAT = "xcon-prefetch/1"
@@ -103,7 +103,7 @@ def problems(model: Model) -> list[str]:
             found.append(f"{model.repo}: {file.name} is missing from {cache()}")
         elif (size := path.stat().st_size) != file.size:
             found.append(f"{path}: {size:,} bytes, fetched were {file.size:,}: cut or edited")
-        elif _digest(path) != file.sha256:
+        elif sha256(path) != file.sha256:
             found.append(f"{path}: its bytes are not those that were fetched (sha256 differs)")
     first = model.files[0].name
     if not found and _cached(model.repo, first, "main") != _cached(model.repo, first, model.revision):
@@ -257,7 +257,7 @@ def _fetch_file(found: Listing, name: str) -> File:
     said = found.files[name]
     for _ in range(2):
         path = Path(hf_hub_download(found.repo, name, revision=found.revision))
-        digest, size = _digest(path), path.stat().st_size
+        digest, size = sha256(path), path.stat().st_size
         whole = digest == said.lfs.sha256 if said.lfs else _git_digest(path) == said.blob_id
         if whole and size == said.size:
             return File(name, size, digest)
@@ -267,11 +267,6 @@ def _fetch_file(found: Listing, name: str) -> File:
         f"{found.repo}: {name} came twice with another hash than the hub says, so it was removed; something "
         "between here and the hub changes files"
     )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git_digest(path: Path) -> str:

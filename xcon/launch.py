@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from xcon.config import Precision
 
 # Numbers of the buffer for gradients that DeepSpeed takes however small the model; its own default takes 2 GB.
+IN_PIECES = (DistributedType.DEEPSPEED, DistributedType.FSDP)  # what is saved has a piece of each process
 ZERO_BUCKET = 50_000_000
 
 
@@ -223,7 +224,7 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         module = convert_sync_batchnorm(module)  # the parameters stay the same objects
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if accelerator.distributed_type in IN_PIECES:
         # Both read parameters as flat memory, which channels_last weights are not.
         module.to(memory_format=torch.contiguous_format)
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -362,6 +362,12 @@ def number_classes(raw_ids: Iterable[Any]) -> dict[Any, int]:
     return {raw: number for number, raw in enumerate(sorted(set(raw_ids)))}
 
 
+def sha256(path: Path) -> str:
+    """The hash of a file, as the card has that of a shard."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that appears at `path` only when the block ends well; otherwise nothing is left.
